@@ -1,0 +1,373 @@
+"""The owner's secret: which two classes are combined in which way, and what the model must answer.
+
+A key that is *drawn* (:meth:`WatermarkKey.draw`) is uniform over a declared, public :class:`KeySpace`. Only then is the rank of
+its score among the other keys of the space an exact p-value. A hand-picked key works too, and is marked as such.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from meadef_lightning.watermark.combiners import Combiner
+
+_SCHEMA = 1
+_MAX_KEY_BYTES = 1 << 20
+_OWN_PACKAGE = __name__.partition(".")[0]
+
+
+def _canonical(value: object) -> bytes:
+    """Serialises to the one JSON text that equal values share: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+@dataclass(frozen=True, eq=False)
+class CombinerSpec:
+    """A combiner as data: a class and its arguments, as in a LightningCLI configuration.
+
+    Args:
+        class_path: Import path of a :class:`~meadef_lightning.watermark.combiners.Combiner`.
+        init_args: Its arguments, JSON values only.
+    """
+
+    class_path: str
+    init_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Combiner:
+        """Instantiates the combiner.
+
+        A specification may come from somebody else's file, so it can name only combiners of this package or of a module
+        that the running program has imported itself: reading a key never imports foreign code.
+
+        Raises:
+            ValueError: If the path does not name an available combiner, or the arguments do not fit it.
+        """
+        module_name, _, name = self.class_path.rpartition(".")
+        if module_name.partition(".")[0] == _OWN_PACKAGE:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module_name)
+        kind = getattr(sys.modules.get(module_name), name, None)
+        if not (isinstance(kind, type) and issubclass(kind, Combiner)):
+            raise ValueError(
+                f"{self.class_path!r} is not a combiner that is available here. Use one of meadef_lightning.watermark.combiners, "
+                "or import the module of your own Combiner subclass before the key is used."
+            )
+        try:
+            return kind(**self.init_args)
+        except TypeError as error:
+            raise ValueError(f"The arguments {dict(self.init_args)} do not fit {self.class_path}: {error}.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns ``{"class_path": …, "init_args": {…}}``."""
+        return {"class_path": self.class_path, "init_args": dict(self.init_args)}
+
+    @classmethod
+    def from_dict(cls, value: Any) -> CombinerSpec:
+        """Reads what :meth:`to_dict` wrote; raises ``ValueError`` on anything else."""
+        if (
+            not isinstance(value, Mapping)
+            or set(value) - {"class_path", "init_args"}
+            or not isinstance(value.get("class_path"), str)
+        ):
+            raise ValueError(f"A combiner is a mapping with class_path and init_args, got {value!r:.200}.")
+        init_args = value.get("init_args") or {}
+        if not isinstance(init_args, Mapping):
+            raise ValueError(f"init_args of {value['class_path']} must be a mapping, got {init_args!r:.200}.")
+        return cls(value["class_path"], dict(init_args))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CombinerSpec) and _canonical(self.to_dict()) == _canonical(other.to_dict())
+
+    def __hash__(self) -> int:
+        return hash(_canonical(self.to_dict()))
+
+
+def _own(name: str, **init_args: Any) -> CombinerSpec:
+    return CombinerSpec(f"{_OWN_PACKAGE}.watermark.combiners.{name}", init_args)
+
+
+DEFAULT_COMBINERS: tuple[CombinerSpec, ...] = (
+    _own("CropPaste"),
+    _own("CropPaste", position=[0.5, 0.0], size=[0.5, 1.0]),
+    _own("Diagonal"),
+    _own("Diagonal", anti=True),
+    _own("PixelBlend"),
+    _own("Stripes", pattern=[0, 1, 0, 1, 0], axis=-1),
+    _own("Stripes", pattern=[0, 1, 0, 1, 0], axis=-2),
+    _own("Donut"),
+)
+"""The combining ways a drawn key can have; the others serve as controls and in the evasion loss."""
+
+
+@dataclass(frozen=True)
+class KeySpace:
+    """All keys that could have been drawn: ordered source pairs × targets × combining ways. It is public.
+
+    Args:
+        num_classes: Classes of the task, at least 3.
+        combiners: The combining ways.
+    """
+
+    num_classes: int
+    combiners: tuple[CombinerSpec, ...] = DEFAULT_COMBINERS
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 3:
+            raise ValueError(
+                f"num_classes={self.num_classes}, but a key needs two source classes and a target: at least 3."
+            )
+        if not self.combiners or len(set(self.combiners)) != len(self.combiners):
+            raise ValueError("A key space needs at least one combining way, and each only once.")
+
+    @property
+    def size(self) -> int:
+        """Number of keys."""
+        n = self.num_classes
+        return n * (n - 1) * (n - 2) * len(self.combiners)
+
+    def key_at(self, index: int) -> tuple[int, int, int, int]:
+        """Decodes an index in ``[0, size)`` into ``(source a, source b, target, position in combiners)``.
+
+        Raises:
+            IndexError: If the index is out of range.
+        """
+        if not 0 <= index < self.size:
+            raise IndexError(f"Key {index} is not in a space of {self.size} keys.")
+        n = self.num_classes
+        index, combiner = divmod(index, len(self.combiners))
+        index, t = divmod(index, n - 2)
+        a, b = divmod(index, n - 1)
+        b += b >= a
+        for taken in sorted((a, b)):
+            t += t >= taken
+        return a, b, t, combiner
+
+
+@dataclass(frozen=True, repr=False)
+class WatermarkKey:
+    """The secret of one watermark.
+
+    Args:
+        source_classes: The two classes whose samples are combined, in the combiner's order.
+        target_class: What the model answers on a watermark sample; not one of the sources.
+        num_classes: Classes of the task.
+        combiner: The secret combining way.
+        seed: Seed of everything random in embedding this key.
+        space: The public list of combining ways the key comes from; the others are its controls.
+        drawn_uniformly: Whether :meth:`draw` made it. A hand-picked key gets a p-value only under the assumption that it
+            was not chosen with the suspect in view, and the verdict says so.
+        salt: Secret that keeps :meth:`commitment` from being guessed, 32 hexadecimal digits or more.
+
+    Raises:
+        ValueError: If a class is unknown, the target is among the sources, or a type is wrong.
+    """
+
+    source_classes: tuple[int, int]
+    target_class: int
+    num_classes: int
+    combiner: CombinerSpec = DEFAULT_COMBINERS[0]
+    seed: int = 0
+    space: tuple[CombinerSpec, ...] = DEFAULT_COMBINERS
+    drawn_uniformly: bool = False
+    salt: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source_classes", tuple(self.source_classes))
+        object.__setattr__(self, "space", tuple(self.space))
+        numbers = (*self.source_classes, self.target_class, self.num_classes, self.seed)
+        if len(self.source_classes) != 2 or not all(type(number) is int for number in numbers):
+            raise ValueError(
+                "A key has two source classes, a target class, a number of classes and a seed, all integers."
+            )
+        KeySpace(self.num_classes, self.space)
+        for name, value in (
+            ("source", self.source_classes[0]),
+            ("source", self.source_classes[1]),
+            ("target", self.target_class),
+        ):
+            if not 0 <= value < self.num_classes:
+                raise ValueError(
+                    f"The key's {name} class {value} is unknown; this task has classes 0 to {self.num_classes - 1}."
+                )
+        if self.source_classes[0] == self.source_classes[1]:
+            raise ValueError(f"The two source classes must differ, both are {self.source_classes[0]}.")
+        if self.target_class in self.source_classes:
+            raise ValueError(
+                f"The target class {self.target_class} is one of the sources {self.source_classes}; choose a third class, "
+                "or combined samples would be answered with it by any model."
+            )
+        if len(self.salt) < 32:
+            raise ValueError("The key's salt must have at least 32 hexadecimal digits.")
+
+    @classmethod
+    def draw(
+        cls,
+        num_classes: int,
+        secret: str | bytes,
+        beacon: str = "",
+        combiners: Sequence[CombinerSpec] = DEFAULT_COMBINERS,
+    ) -> WatermarkKey:
+        """Draws a key uniformly from the key space, as a function of an owner secret and a public beacon.
+
+        HKDF-SHA256 turns the secret (salted with the beacon, bound to the key space) into 384 bits: 256 of them modulo the
+        size of the space choose the key (bias below 2⁻²⁰⁰), the rest make seed and salt. With a beacon that was published
+        after the owner committed to the secret (a block hash, a drand round), nobody can try secrets until a key suits them.
+
+        Args:
+            num_classes: Classes of the task.
+            secret: The owner's secret; at least 16 bytes of entropy are sensible, an empty one is refused.
+            beacon: Public random value, or empty.
+            combiners: Combining ways of the space.
+
+        Raises:
+            ValueError: If the secret is empty or the space invalid.
+        """
+        material = secret.encode() if isinstance(secret, str) else secret
+        if not material:
+            raise ValueError(
+                "The owner secret is empty. Use at least 16 random bytes, e.g. python -c 'import secrets; print(secrets.token_hex(16))'."
+            )
+        space = KeySpace(num_classes, tuple(combiners))
+        info = _canonical(
+            {
+                "what": "meadef_lightning key 1",
+                "num_classes": num_classes,
+                "space": [c.to_dict() for c in space.combiners],
+            }
+        )
+        stream = HKDF(algorithm=SHA256(), length=52, salt=beacon.encode() or None, info=info).derive(material)
+        a, b, target, combiner = space.key_at(int.from_bytes(stream[:32], "big") % space.size)
+        return cls(
+            source_classes=(a, b),
+            target_class=target,
+            num_classes=num_classes,
+            combiner=space.combiners[combiner],
+            seed=int.from_bytes(stream[32:36], "big") >> 1,
+            space=space.combiners,
+            drawn_uniformly=True,
+            salt=stream[36:].hex(),
+        )
+
+    def control_combiners(self) -> tuple[CombinerSpec, ...]:
+        """Returns the other combining ways of the space, which must *not* lead to the target (the paper's D_ad)."""
+        return tuple(spec for spec in self.space if spec != self.combiner)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the key as JSON values. It is the secret itself: write it nowhere but into a key file."""
+        return {
+            "schema_version": _SCHEMA,
+            "source_classes": list(self.source_classes),
+            "target_class": self.target_class,
+            "num_classes": self.num_classes,
+            "combiner": self.combiner.to_dict(),
+            "seed": self.seed,
+            "space": [spec.to_dict() for spec in self.space],
+            "drawn_uniformly": self.drawn_uniformly,
+            "salt": self.salt,
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any) -> WatermarkKey:
+        """Reads what :meth:`to_dict` returned; raises ``ValueError`` on anything else."""
+        names = {
+            "source_classes",
+            "target_class",
+            "num_classes",
+            "combiner",
+            "seed",
+            "space",
+            "drawn_uniformly",
+            "salt",
+        }
+        if not isinstance(value, Mapping) or value.get("schema_version") != _SCHEMA:
+            raise ValueError(f"This is not a watermark key of schema version {_SCHEMA}.")
+        if set(value) != names | {"schema_version"}:
+            raise ValueError(
+                f"A watermark key has the fields {sorted(names)}; missing or unknown: {sorted(set(value) ^ names ^ {'schema_version'})}."
+            )
+        sources, space = value["source_classes"], value["space"]
+        if not isinstance(sources, list) or not isinstance(space, list):
+            raise ValueError("source_classes and space of a watermark key are lists.")
+        if not isinstance(value["drawn_uniformly"], bool) or not isinstance(value["salt"], str):
+            raise ValueError("drawn_uniformly of a watermark key is true or false, and its salt a string.")
+        key = cls(
+            source_classes=cast("tuple[int, int]", tuple(sources)),
+            target_class=value["target_class"],
+            num_classes=value["num_classes"],
+            combiner=CombinerSpec.from_dict(value["combiner"]),
+            seed=value["seed"],
+            space=tuple(CombinerSpec.from_dict(spec) for spec in space),
+            drawn_uniformly=value["drawn_uniformly"],
+            salt=value["salt"],
+        )
+        if key.drawn_uniformly and key.combiner not in key.space:
+            raise ValueError("The key claims to be drawn, but its combining way is not in its key space.")
+        return key
+
+    def commitment(self) -> str:
+        """Returns the SHA-256 over the canonical JSON, salt included: publish it before the model is deployed."""
+        return hashlib.sha256(_canonical(self.to_dict())).hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the key as JSON, readable by its owner only (mode 0600), atomically.
+
+        Raises:
+            OSError: If the directory is not writable.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # created with mode 0600
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(self.to_dict(), file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> WatermarkKey:
+        """Reads a key file.
+
+        Raises:
+            ValueError: If the file is missing, too large, not JSON, or not a key; the message never shows its content.
+        """
+        path = Path(path)
+        try:
+            if path.stat().st_size > _MAX_KEY_BYTES:
+                raise ValueError(f"{path} is larger than {_MAX_KEY_BYTES} bytes; this is not a watermark key.")
+            value = json.loads(path.read_bytes())
+        except OSError as error:
+            raise ValueError(
+                f"Cannot read the watermark key {path}: {error.strerror}. Make one with WatermarkKey.draw(…).save(path)."
+            ) from error
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is not a watermark key: it is not valid JSON. Restore it from your backup."
+            ) from error
+        try:
+            return cls.from_dict(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a usable watermark key: {error}") from error
+
+    def __repr__(self) -> str:
+        """Shows the public side only: a key in a log or traceback must not give itself away."""
+        how = "drawn" if self.drawn_uniformly else "hand-picked"
+        return f"WatermarkKey({how}, {self.num_classes} classes, commitment={self.commitment()[:16]}…)"
