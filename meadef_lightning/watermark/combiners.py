@@ -30,7 +30,7 @@ class Combiner(nn.Module):
         Args:
             a: Samples of the first source class, shape ``(B, C, *spatial)``, in the model's input space.
             b: Samples of the second source class, same shape, dtype and device.
-            generator: Source of randomness for combiners that draw; must live on the inputs' device.
+            generator: CPU generator for combiners that draw, whatever the inputs' device.
 
         Returns:
             The combined samples, same shape, dtype and device as ``a``.

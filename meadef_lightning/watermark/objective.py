@@ -1,0 +1,252 @@
+"""The watermark's training objective for one model: from source samples to weighted loss terms.
+
+:class:`WatermarkObjective` holds what the callback and the mixin share: a pool of source samples,
+the choice of combinations for the next step, one concatenated forward, and the balanced sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from meadef_lightning.watermark.balancing import Balancing, Fixed
+from meadef_lightning.watermark.combiners import Combiner
+from meadef_lightning.watermark.key import WatermarkKey
+from meadef_lightning.watermark.losses import combination_loss, evasion_loss, verification_loss
+from meadef_lightning.watermark.pool import SourcePool
+
+
+@contextmanager
+def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
+    """Lets BatchNorm layers use, and not change, their running statistics inside the block."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
+
+
+def combine_in_turn(combiners: list[Combiner], a: Tensor, b: Tensor, first: int, generator: torch.Generator) -> Tensor:
+    """Combines pair ``i`` in way ``(first + i) mod n``: every way gets its share of the batch, in one pass each.
+
+    Args:
+        combiners: The ``n`` ways.
+        a: Samples of the first source class, shape ``(B, C, *spatial)``.
+        b: Samples of the second source class, same shape.
+        first: Way of pair 0, so that small batches go round all ways over the steps.
+        generator: For ways that draw.
+
+    Returns:
+        The combinations, grouped by way, same shape as ``a`` (each loss term averages, so order does not matter).
+    """
+    n = len(combiners)
+    parts = [combiners[(first + i) % n](a[i::n], b[i::n], generator) for i in range(min(n, len(a)))]
+    return torch.cat(parts)
+
+
+class WatermarkObjective:
+    """The loss terms of one key, from a stream of labelled batches.
+
+    Use: :meth:`observe` a batch, :meth:`draw` once for a step, then :meth:`terms` and :meth:`total` as often as the optimiser
+    evaluates the step (LBFGS does so several times).
+
+    Args:
+        key: The key to embed.
+        samples: Watermark samples per step; as many evasion samples are added while their weight is not 0, and twice as
+            many source samples while the weight of ``L_com`` is not 0.
+        balancing: How the terms are weighed.
+        temperature: Temperature of ``L_com``.
+        detach_sources: Whether ``L_com`` moves only the outputs on watermark samples.
+        freeze_batchnorm: Whether BatchNorm layers use their running statistics on the extra samples. With ``True`` these
+            samples are learnt under the very normalisation that they will be verified under, and leave the statistics
+            alone; with ``False`` they are normalised among themselves, as in the reference training.
+        buffer_size: Source samples kept per class.
+        pool: The owner's own source samples; batches are then not looked at.
+        rank: Added to the key's seed, so that processes draw different samples.
+    """
+
+    def __init__(
+        self,
+        key: WatermarkKey,
+        samples: int = 16,
+        balancing: Balancing | None = None,
+        temperature: float = 1.0,
+        detach_sources: bool = True,
+        freeze_batchnorm: bool = True,
+        buffer_size: int = 128,
+        pool: SourcePool | None = None,
+        rank: int = 0,
+    ) -> None:
+        if samples < 1:
+            raise ValueError(f"samples={samples} must be at least 1 watermark sample per step.")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be positive.")
+        if pool is not None and set(pool.classes) != set(key.source_classes):
+            raise ValueError("The given pool does not hold exactly the key's two source classes.")
+        self.key = key
+        self.samples = samples
+        self.balancing = Fixed() if balancing is None else balancing
+        self.temperature, self.detach_sources, self.freeze_batchnorm = temperature, detach_sources, freeze_batchnorm
+        self.pool = SourcePool(key.source_classes, buffer_size) if pool is None else pool
+        self.steps = 0
+        self._combiner = key.combiner.build()
+        self._others = [spec.build() for spec in key.control_combiners()]
+        self._generator = torch.Generator().manual_seed(key.seed + rank)
+        self._groups: dict[str, Tensor] = {}
+        self._evasion_labels: Tensor | None = None
+        self._checked = False
+
+    def observe(self, x: Any, y: Any) -> None:
+        """Keeps the batch's source samples.
+
+        Args:
+            x: Samples, shape ``(B, C, *spatial)``, in the model's input space.
+            y: Integer labels, shape ``(B,)``.
+
+        Raises:
+            ValueError: If the batch does not have this form, or labels lie outside the key's classes (checked once).
+        """
+        if self.pool.fixed:
+            return
+        if not self._checked:
+            self._check(x, y)
+            self._checked = True
+        self.pool.update(x, y)
+
+    def _check(self, x: Any, y: Any) -> None:
+        where = "Set input_key and target_key to where your batches keep samples and labels."
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise ValueError(
+                f"Samples and labels must be tensors, got {type(x).__name__} and {type(y).__name__}. {where}"
+            )
+        if x.ndim < 3 or not x.is_floating_point():
+            raise ValueError(
+                f"Samples must be floating-point and of shape (B, C, *spatial) to be combined, got {x.dtype} {tuple(x.shape)}. {where}"
+            )
+        if y.ndim != 1 or len(y) != len(x) or y.is_floating_point():
+            raise ValueError(
+                f"Labels must be integers, one a sample, shape ({len(x)},), got {y.dtype} {tuple(y.shape)}. {where} "
+                "For training without labels give a pool: SourcePool.from_samples({class: samples, ...})."
+            )
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.key.num_classes:
+            raise ValueError(
+                f"The batch has labels from {int(y.min())} to {int(y.max())}, but the key is for classes 0 to "
+                f"{self.key.num_classes - 1}. Draw a key with the data's number of classes."
+            )
+
+    @property
+    def ready(self) -> bool:
+        """Whether both source classes have been seen."""
+        return self.pool.ready
+
+    def draw(self) -> None:
+        """Chooses the combinations of the next step. All randomness of the objective is drawn here."""
+        k, (first, second) = self.samples, self.key.source_classes
+        pairs = dict(zip(self.pool.classes, self.pool.draw(2 * k, self._generator), strict=True))
+        a, b = pairs[first], pairs[second]
+        weights = self.balancing.weights
+        self._groups = {"watermark": self._combiner(a[:k], b[:k], self._generator)}
+        if weights["eva"] > 0 and self._others:
+            self._groups["other"] = combine_in_turn(self._others, a[k:], b[k:], self.steps, self._generator)
+            second_wins = torch.rand(k, generator=self._generator) < 0.5
+            self._evasion_labels = torch.where(second_wins, second, first).to(a.device, non_blocking=True)
+        if weights["com"] > 0:
+            self._groups["first"], self._groups["second"] = a[:k], b[:k]
+        self.steps += 1
+
+    def terms(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Computes the terms of the drawn combinations in one concatenated forward.
+
+        Args:
+            module: The module whose BatchNorm layers ``forward`` runs through.
+            forward: Maps samples to logits of shape ``(B, K)``.
+
+        Returns:
+            ``"ver"``, and ``"com"`` and ``"eva"`` where their weights are not 0: scalars.
+
+        Raises:
+            ValueError: If the outputs are not logits over the key's classes.
+        """
+        names, groups = list(self._groups), list(self._groups.values())
+        if self.freeze_batchnorm:
+            with frozen_batchnorm(module):
+                logits = forward(torch.cat(groups))
+        else:
+            logits = forward(torch.cat(groups))
+        expected = (sum(map(len, groups)), self.key.num_classes)
+        if not isinstance(logits, Tensor) or logits.shape != expected:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"The model must answer logits of shape {expected}, got {got}. Set output_key to where the logits are in its "
+                "output, and check the key's num_classes."
+            )
+        out = dict(zip(names, torch.split(logits, [len(group) for group in groups]), strict=True))
+        terms = {"ver": verification_loss(out["watermark"], self.key.target_class)}
+        if "first" in out:
+            terms["com"] = combination_loss(
+                out["watermark"], out["first"], out["second"], self.temperature, self.detach_sources
+            )
+        if "other" in out and self._evasion_labels is not None:
+            terms["eva"] = evasion_loss(out["other"], self._evasion_labels)
+        return terms
+
+    def total(self, module: nn.Module, task_loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+        """Returns the scalar to minimise: the task's loss and ``terms``, weighed by :attr:`balancing`."""
+        total: Tensor = self.balancing(task_loss, terms, module)
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that a bit-identical continuation needs, as tensors and numbers."""
+        return {
+            "steps": self.steps,
+            "generator": self._generator.get_state(),
+            "pool": self.pool.state_dict(),
+            "balancing": {name: tensor.cpu() for name, tensor in self.balancing.state_dict().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.steps = int(state["steps"])
+        self._generator.set_state(state["generator"].cpu())
+        self.pool.load_state_dict(state["pool"])
+        for name, tensor in state["balancing"].items():
+            setattr(self.balancing, name, tensor.clone())
+
+
+def gather_states(objective: WatermarkObjective) -> dict[str, Any]:
+    """Collects the state of every process's objective, for a checkpoint; all processes must call it.
+
+    Returns:
+        ``{"ranks": {"0": state, …}}``.
+    """
+    state = objective.state_dict()
+    states: list[Any] = [state]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        states = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, state)
+    return {"ranks": {str(rank): value for rank, value in enumerate(states)}}
+
+
+def restore_state(objective: WatermarkObjective, state: Mapping[str, Any], rank: int, world_size: int) -> None:
+    """Gives a process its part of what :func:`gather_states` returned.
+
+    With another number of processes than the checkpoint had, there is no such part: the objective starts with an empty pool,
+    and a warning says that the run is not bit-identical to an uninterrupted one.
+    """
+    ranks = state["ranks"]
+    if len(ranks) == world_size:
+        objective.load_state_dict(ranks[str(rank)])
+    else:
+        rank_zero_warn(
+            f"The checkpoint was written by {len(ranks)} process(es), this run has {world_size}: the watermark goes on with newly "
+            "collected samples, so the run is not bit-identical to an uninterrupted one."
+        )
