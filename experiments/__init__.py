@@ -1,0 +1,1 @@
+"""The experiments that ship with the package; see README.md for what each shows."""

@@ -1,0 +1,151 @@
+"""``meadef``: the commands. Heavy imports wait until a command needs them, so that ``meadef --help`` is quick."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from meadef_lightning.__about__ import __version__
+
+_HELP = f"""meadef {__version__}: prove that a neural network was stolen through its API
+
+usage: meadef COMMAND [arguments]; "meadef COMMAND --help" explains each
+
+the whole story
+  demo       run the embedded experiment on handwritten digits: watermark, steal, judge (minutes, no download)
+  run        run an experiment YAML, or what is left of it: meadef run experiments/fashion_mnist/supervised.yaml
+  verify     judge one suspect model with a watermark key
+
+single trainings (LightningCLI)
+  fit        train any LightningModule; add the watermark with -c experiments/overlays/watermark.yaml
+  validate   run its validation
+  test       run its test
+  predict    run its prediction
+
+set MEADEF_DEBUG=1 for full tracebacks
+"""
+
+
+def _lightning(arguments: list[str]) -> None:
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI
+
+    import meadef_lightning.data
+    import meadef_lightning.extraction
+    import meadef_lightning.victims
+    import meadef_lightning.watermark  # noqa: F401  so that bare class names resolve
+
+    LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        args=arguments,
+    )
+
+
+def _run(arguments: list[str], files: Sequence[str] = (), program: str = "meadef run") -> None:
+    from meadef_lightning.experiment.spec import Experiment, experiment_parser
+
+    parser = experiment_parser(
+        prog=program,
+        usage=f"{program} {'' if files else 'EXPERIMENT.yaml [MORE.yaml ...] '}[--output DIR] [--OPTION VALUE ...]",
+        description="Runs an experiment: trains the victim and its clean twin, steals it, trains independent models, judges all of "
+        "them, writes report.json, report.html and summary.csv. Finished stages are skipped, interrupted ones resumed. Later "
+        "files and options override earlier ones, e.g. --victim.trainer.max_epochs 5 --seeds [0,1,2].",
+    )
+    parser.add_argument("--output", type=str, help="Directory of the results (default: runs/EXPERIMENT).")
+    rest = list(arguments)
+    chosen = [str(file) for file in files]
+    while rest and not rest[0].startswith("-"):
+        chosen.append(rest.pop(0))
+    if not chosen and not {"-h", "--help", "--config"} & {part.partition("=")[0] for part in rest}:
+        raise ValueError(f"{program} needs an experiment file, e.g. {program} experiments/digits/supervised.yaml.")
+    for file in chosen:
+        if not Path(file).is_file():
+            raise ValueError(f"There is no experiment file {file}; see experiments/ for those that exist.")
+    config = parser.parse_args([part for file in chosen for part in ("--config", file)] + rest)
+    output = Path(config.pop("output") or Path("runs") / config.experiment)
+
+    from rich.console import Console
+
+    from meadef_lightning.experiment.artifacts import is_rank_zero
+    from meadef_lightning.experiment.pipeline import run
+    from meadef_lightning.experiment.render import headline, summary_table
+
+    report = run(Experiment(parser, config), output, shlex.join([*program.split(), *arguments]))
+    if is_rank_zero():
+        console = Console()
+        console.print(summary_table(report))
+        console.print(headline(report))
+        console.print(
+            f"Report: {output / 'report.html'}, {output / 'report.json'}, {output / 'summary.csv'}", soft_wrap=True
+        )
+
+
+def _demo(arguments: list[str]) -> None:
+    from importlib.resources import as_file, files
+
+    with as_file(files("meadef_lightning.experiments") / "digits" / "supervised.yaml") as file:
+        _run(arguments, [str(file)], "meadef demo")
+
+
+def _verify(arguments: list[str]) -> None:
+    from meadef_lightning.experiment.judge import judge_suspect, verify_parser
+
+    judge_suspect(verify_parser(prog="meadef verify").parse_args(arguments))
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _demo,
+    "run": _run,
+    "verify": _verify,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command.
+
+    Args:
+        arguments: What follows ``meadef`` on the command line; the process's own by default.
+
+    Raises:
+        SystemExit: With 1 and a message after a user's error, 2 for an unknown command, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        sys.stdout.write(_HELP)
+        return
+    if command == "--version":
+        sys.stdout.write(f"meadef {__version__}\n")
+        return
+    if command in ("fit", "validate", "test", "predict"):
+        handler: Callable[[list[str]], None] = _lightning
+        passed = arguments
+    elif command in _COMMANDS:
+        handler, passed = _COMMANDS[command], arguments[1:]
+    else:
+        sys.exit(
+            f"meadef: there is no command {command!r}; it is one of {', '.join([*_COMMANDS, 'fit', 'validate', 'test', 'predict'])}."
+        )
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    try:
+        handler(passed)
+    except (MisconfigurationException, ValueError, OSError) as error:
+        if os.environ.get("MEADEF_DEBUG"):
+            raise
+        sys.exit(f"meadef {command}: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nmeadef {command}: interrupted; the same command goes on from here.\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Which figures an experiment gets, and the model outputs they are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from meadef_lightning.experiment import figures
+from meadef_lightning.experiment.artifacts import make_directory
+from meadef_lightning.experiment.render import ReportFigure
+from meadef_lightning.experiment.report import SuspectRow
+from meadef_lightning.verification import Responses, Verdict, decoy_statistics
+from meadef_lightning.victims.networks import penultimate
+from meadef_lightning.watermark import WatermarkKey
+
+if TYPE_CHECKING:
+    from meadef_lightning.experiment.pipeline import SeedRun
+
+_DRAWN = 120
+"""Samples per group in the figure of features."""
+
+
+def verdict_figure(responses: Responses, verdict: Verdict, key: WatermarkKey, name: str, directory: Path) -> Path:
+    """Draws the decoy keys' statistics on one suspect with the true key marked; returns the PNG's path."""
+    statistic, decoys = decoy_statistics(responses, key)
+    figure = figures.decoy_distribution(
+        decoys.numpy(), statistic, verdict.decoy_p, verdict.alpha, title=f"{name}: the true key among the other keys"
+    )
+    return figures.save(figure, make_directory(directory) / "decoys.png")
+
+
+def experiment_figures(run: SeedRun, rows: Sequence[SuspectRow], directory: Path) -> list[ReportFigure]:
+    """Draws the figures of a report: success by suspect, samples, features, decoys.
+
+    The samples and features show the key's classes: they are for the owner's eyes, as the whole report directory is.
+
+    Args:
+        run: The run whose victim, key and data are drawn.
+        rows: The suspects.
+        directory: Where the PNG files go.
+
+    Returns:
+        The figures in the order of the report.
+    """
+    key, data, victim = run.key, run.data, run.load_victim()
+    a, b = key.source_classes
+    names = [data.class_names[label] for label in (a, b, key.target_class)]
+    x, y = data.tensors("verification")
+    first, second = x[y == a], x[y == b]
+    count = min(len(first), len(second), _DRAWN)
+    first, second = first[:count], second[:count]
+    groups = {f"A: {names[0]}": first, f"B: {names[1]}": second, "watermark": key.combiner.build()(first, second)}
+    with torch.no_grad():
+        answers = {name: victim(batch).softmax(dim=-1) for name, batch in groups.items()}
+        shown = {**groups, f"target: {names[2]}": x[y == key.target_class][:_DRAWN]}
+        features = {name: penultimate(victim, batch).flatten(1).numpy() for name, batch in shown.items()}
+    make_directory(directory)
+    drawn = [
+        (
+            figures.wsr_bars(rows),
+            "wsr.png",
+            "Watermark success rate of every suspect",
+            "Horizontal bars of the watermark success rate with 95 % intervals; independent models beside stolen ones.",
+        ),
+        (
+            figures.watermark_grid(groups, answers, data.class_names, data.mean, data.std),
+            "samples.png",
+            "Watermark samples and the victim's answers",
+            "Rows of a sample of either source class, the watermark sample made of them, and the victim's answers.",
+        ),
+        (
+            figures.feature_pca(features),
+            "features.png",
+            "Where the watermark lies among its sources (the paper's Fig. 6)",
+            "Scatter plot of penultimate features on two principal components: sources, target and watermark.",
+        ),
+    ]
+    result = [ReportFigure(figures.save(figure, directory / file), title, alt) for figure, file, title, alt in drawn]
+    for row in rows:
+        path = run.root / f"verify-{row.base_name}" / "figures" / "decoys.png"
+        if row.kind == "extracted" and row.seed in (None, run.seed):
+            result.append(
+                ReportFigure(
+                    path,
+                    f"{row.base_name}: the true key among the other keys",
+                    "Histogram of the test statistic of all other keys, with the true key as a line.",
+                )
+            )
+    return result

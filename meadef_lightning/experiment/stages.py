@@ -1,0 +1,271 @@
+"""The stages of an experiment, each a function from a specification to an artifact directory.
+
+A directory holds ``config.yaml`` (the model, so that ``meadef verify --suspect DIRECTORY`` can load it), ``metrics.csv``,
+``checkpoints/model.ckpt`` (weights only), ``result.json`` (the stage's numbers) and ``stage.json`` (its record). A finished
+stage is read, an interrupted one goes on from its last epoch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from meadef_lightning.data.base import SplitDataModule
+from meadef_lightning.experiment.artifacts import (
+    Stage,
+    file_sha256,
+    is_rank_zero,
+    read_json,
+    write_json_atomic,
+    write_text_atomic,
+)
+from meadef_lightning.experiment.spec import AttackSpec, TrainerOptions
+from meadef_lightning.oracle import Oracle, QueryLedger
+from meadef_lightning.victims.classifier import Classifier
+
+MODEL = Path("checkpoints") / "model.ckpt"
+RESULT = "result.json"
+
+
+def derived_seed(seed: int, *names: str) -> int:
+    """Returns a seed for one stage: the same for the same names, different for others, in ``[0, 2³¹)``."""
+    return zlib.crc32("/".join([str(seed), *names]).encode()) >> 1
+
+
+class EpochSeed(Callback):
+    """Seeds torch anew at every epoch, so that an epoch's dropout and augmentation do not depend on how the run got there.
+
+    With it a run that was interrupted ends in the very weights of one that was not.
+
+    Args:
+        seed: Seed of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seeds the epoch, on each process differently."""
+        torch.manual_seed(derived_seed(self.seed, f"epoch {trainer.current_epoch}", f"rank {trainer.global_rank}"))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps out of the terminal what Lightning says at every start of a Trainer, and advice that does not apply to short runs."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (
+            "The '.*_dataloader' does not have many workers",
+            "The number of training batches .* is smaller than the logging interval",
+            "Checkpoint directory .* exists and is not empty",
+            "Experiment logs directory .* exists and is not empty",
+            r".*isinstance\(treespec, LeafSpec\)",
+            "Trainer already configured with model summary callbacks",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def join_metrics(logs: Path) -> str:
+    """Joins the metrics of all attempts at a stage, in order, into one CSV text with all their columns."""
+    rows: list[dict[str, str]] = []
+    for attempt in sorted(logs.glob("attempt_*/metrics.csv"), key=lambda path: int(path.parent.name.partition("_")[2])):
+        with attempt.open(newline="") as file:
+            rows += list(csv.DictReader(file))
+    text = io.StringIO()
+    columns = sorted({name for row in rows for name in row}, key=lambda name: (name not in ("epoch", "step"), name))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def fit(
+    stage: Stage,
+    model: Classifier,
+    data: LightningDataModule,
+    options: TrainerOptions,
+    seed: int,
+    model_config: Mapping[str, Any],
+) -> dict[str, float]:
+    """Trains a classifier in a stage's directory, or goes on where an interrupted attempt stopped, and tests it.
+
+    Args:
+        stage: The running stage.
+        model: What to train.
+        data: What to train it on.
+        options: Arguments of the Trainer.
+        seed: Seed of everything random in the training.
+        model_config: ``class_path`` and ``init_args`` of the model, for ``config.yaml``.
+
+    Returns:
+        The metrics of the last epoch and the test.
+
+    Raises:
+        MisconfigurationException: If ``options`` holds what the pipeline sets itself.
+    """
+    taken = {"logger", "default_root_dir", "callbacks", "enable_checkpointing"} & set(options)
+    if taken:
+        raise MisconfigurationException(
+            f"The pipeline sets the Trainer's {sorted(taken)} itself; leave them out of `trainer`."
+        )
+    directory = stage.directory
+    write_text_atomic(directory / "config.yaml", yaml.safe_dump({"model": dict(model_config)}, sort_keys=False))
+    attempts = len(list((directory / "logs").glob("attempt_*")))
+    resume = directory / "checkpoints" / "last.ckpt"
+    seed_everything(seed, workers=True, verbose=False)
+    with quiet():
+        trainer = Trainer(
+            **{"enable_model_summary": False, "log_every_n_steps": 10, **options},
+            default_root_dir=directory,
+            # without a version, which would stand in the progress bar
+            logger=CSVLogger(directory / "logs", name=f"attempt_{attempts}", version=""),
+            callbacks=[EpochSeed(seed), ModelCheckpoint(resume.parent, save_top_k=0, save_last=True)],
+        )
+        trainer.fit(model, datamodule=data, ckpt_path=resume if resume.exists() else None, weights_only=True)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        trainer.save_checkpoint(directory / MODEL, weights_only=True)
+        metrics.update({k: float(v) for k, v in trainer.test(model, datamodule=data, verbose=False)[0].items()})
+    write_text_atomic(directory / "metrics.csv", join_metrics(directory / "logs"))
+    if trainer.is_global_zero:
+        # a full checkpoint holds the watermark's source samples: not to be left lying about
+        resume.unlink(missing_ok=True)
+    return metrics
+
+
+def read_weights(model: LightningModule, checkpoint: Path) -> LightningModule:
+    """Loads a checkpoint's weights into a built module, without unpickling anything but tensors.
+
+    Args:
+        model: The module.
+        checkpoint: A Lightning checkpoint, or a bare state dict.
+
+    Returns:
+        The module in eval mode.
+
+    Raises:
+        MisconfigurationException: If the file is missing, damaged, unsafe, or of another architecture.
+    """
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise MisconfigurationException(
+            f"There is no checkpoint {checkpoint}; check the path, or delete its stage's directory to run it again."
+        ) from error
+    except Exception as error:  # torch raises many types for a broken or unsafe file
+        raise MisconfigurationException(
+            f"{checkpoint} is not a checkpoint that can be read safely ({type(error).__name__}): it is damaged, or holds more than "
+            "weights. Delete its stage's directory to run it again, or ask for the state_dict alone."
+        ) from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else content
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise MisconfigurationException(
+            f"The weights in {checkpoint} do not fit the model of its configuration: {str(error)[:500]}"
+        ) from error
+    return model.eval()
+
+
+def load_weights(model: Classifier, data: SplitDataModule, checkpoint: Path) -> Classifier:
+    """Builds a classifier's network for the data and loads its weights; see :func:`read_weights`."""
+    model.build_network(data.num_classes, data.image_shape[0])
+    read_weights(model, checkpoint)
+    return model
+
+
+def train_stage(
+    directory: Path,
+    name: str,
+    inputs: Mapping[str, str],
+    build: Callable[[], tuple[Classifier, LightningDataModule, TrainerOptions]],
+    seed: int,
+    model_config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Trains one classifier of the owner's or an independent party's.
+
+    Args:
+        directory: The stage's directory.
+        name: The stage's name.
+        inputs: Digests of what the result depends on.
+        build: Makes model, data and Trainer options; called only if there is something to do.
+        seed: Seed of the training.
+        model_config: For ``config.yaml``.
+
+    Returns:
+        What ``result.json`` holds: ``{"metrics": …, "sha256": …}``.
+    """
+    with Stage(directory, name, inputs) as stage:
+        if not stage.done:
+            model, data, options = build()
+            metrics = fit(stage, model, data, options, seed, model_config)
+            _write_result(stage, {"metrics": metrics})
+        return _result(directory)
+
+
+def extraction_stage(
+    directory: Path,
+    attack: AttackSpec,
+    inputs: Mapping[str, str],
+    victim: Callable[[], Classifier],
+    data: SplitDataModule,
+    seed: int,
+    model_config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Steals the victim through the oracle.
+
+    Answers that were paid for are kept in ``queries.sqlite``: an interrupted theft goes on without asking again.
+
+    Args:
+        directory: The stage's directory.
+        attack: The theft.
+        inputs: Digests of what the result depends on.
+        victim: Loads the victim; called only if there is something to do.
+        data: The data splits; the attack sees the attacker's only.
+        seed: Seed of the theft.
+        model_config: The student's configuration, for ``config.yaml``.
+
+    Returns:
+        What ``result.json`` holds: ``{"metrics": …, "labels": …, "queries": …, "sha256": …}``.
+    """
+    with Stage(directory, attack.name, inputs) as stage:
+        if not stage.done:
+            ledger = QueryLedger(directory / "queries.sqlite", budget=attack.budget)
+            oracle = Oracle(victim(), attack.policy, ledger)
+            metrics = fit(stage, attack.student, attack.queries(oracle, data), attack.trainer, seed, model_config)
+            _write_result(stage, {"metrics": metrics, "labels": oracle.labels, "queries": ledger.totals().distinct})
+        return _result(directory)
+
+
+def _write_result(stage: Stage, values: Mapping[str, Any]) -> None:
+    if is_rank_zero():
+        result = {**values, "sha256": file_sha256(stage.directory / MODEL)}
+        write_json_atomic(stage.directory / RESULT, result)
+
+
+def _result(directory: Path) -> dict[str, Any]:
+    result: dict[str, Any] = read_json(directory / RESULT)
+    return result

@@ -1,0 +1,341 @@
+"""The numbers behind a verdict: intervals, exact tests, and the comparison of a key with the keys that were not drawn.
+
+Nothing here touches a model. :class:`DecoyTable` is the heart: the answers of a suspect to *every* cell (source pair and
+combining way) give the statistic of every key at once, so the true key and its decoys are computed from the same table by the
+same arithmetic, and their rank is an exact randomisation test (see :func:`randomisation_p_value`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from torch import Tensor
+
+from meadef_lightning.watermark.key import KeySpace, WatermarkKey
+
+MAX_DECOYS = 10_000_000
+_TIE = 1e-9
+
+
+def _count_of(successes: int, trials: int) -> None:
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes in {trials} trials: needs trials >= 1 and 0 <= successes <= trials.")
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Returns the Wilson score interval of a share (Wilson 1927), two-sided, without continuity correction.
+
+    Args:
+        successes: Number of successes, in ``[0, trials]``.
+        trials: Number of trials, at least 1.
+        confidence: Coverage, in ``(0, 1)``.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    _count_of(successes, trials)
+    interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    # where nothing (or everything) succeeded the bound is 0 (or 1) exactly, but rounding makes it 1e-17
+    low = 0.0 if successes == 0 else float(interval.low)
+    return low, 1.0 if successes == trials else float(interval.high)
+
+
+def clopper_pearson_upper(successes: int, trials: int, confidence: float = 0.95) -> float:
+    """Returns the exact one-sided upper bound of a share (Clopper & Pearson 1934).
+
+    Zero successes in 200 trials still allow a rate of 1.49 %: this is what a threshold "never exceeded" is worth.
+
+    Args:
+        successes: Number of successes, in ``[0, trials]``.
+        trials: Number of trials, at least 1.
+        confidence: Coverage, in ``(0, 1)``.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    _count_of(successes, trials)
+    return 1.0 if successes == trials else float(stats.beta.ppf(confidence, successes + 1, trials - successes))
+
+
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Returns the exact one-sided p-value of McNemar's test that the first of two paired answers hits more often.
+
+    Args:
+        only_first: Pairs in which only the first answer hit, at least 0.
+        only_second: Pairs in which only the second hit, at least 0.
+
+    Returns:
+        ``P(X >= only_first)`` for ``X ~ Binomial(only_first + only_second, 1/2)``; 1 without discordant pairs.
+
+    Raises:
+        ValueError: If a count is negative.
+    """
+    if only_first < 0 or only_second < 0:
+        raise ValueError(f"Counts of discordant pairs must be at least 0, got {only_first} and {only_second}.")
+    discordant = only_first + only_second
+    return 1.0 if discordant == 0 else float(stats.binomtest(only_first, discordant, alternative="greater").pvalue)
+
+
+def randomisation_p_value(true: float, decoys: ArrayLike) -> float:
+    """Returns ``(1 + #{T_b >= T_0}) / (B + 1)``, the rank of the true key's statistic among its decoys'.
+
+    Valid under "the suspect is independent of the key" whenever key and decoys are exchangeable: decoys drawn independently and
+    uniformly from the space that the key was drawn from, or *all other* keys of that space (then it is the permutation test
+    ``#{T_k >= T_0} / |K|``, the true key counting itself). Ties count against the key, and a tolerance of 1e-9 keeps rounding from
+    breaking them. No assumption is made on how the answers of one model depend on each other.
+
+    Args:
+        true: Statistic of the true key.
+        decoys: Statistics of the decoys, shape ``(B,)``, ``B >= 1``.
+
+    Raises:
+        ValueError: If there are no decoys, or a statistic is not finite.
+    """
+    values = np.asarray(decoys, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"Decoy statistics must have shape (B,) with B >= 1, got {values.shape}.")
+    if not (np.isfinite(values).all() and np.isfinite(true)):
+        raise ValueError("A statistic is NaN or infinite; the suspect's answers cannot be ranked.")
+    return (1 + int((values >= true - _TIE).sum())) / (values.size + 1)
+
+
+def conformal_p_value(statistic: float, null_statistics: ArrayLike) -> float:
+    """Returns the conformal rank of a suspect among independently trained models, ``(1 + #{T_j >= T}) / (m + 1)``.
+
+    Valid when the suspect, were it independent, would be exchangeable with those models (same task, data source, training).
+
+    Args:
+        statistic: The suspect's statistic under the key.
+        null_statistics: Statistics of ``m >= 1`` independent models under the *same* key.
+
+    Raises:
+        ValueError: If there are no null statistics, or one is not finite.
+    """
+    if np.size(np.asarray(null_statistics)) == 0:
+        raise ValueError("The conformal p-value needs the statistic of at least one independent model, got none.")
+    return randomisation_p_value(statistic, null_statistics)
+
+
+def intraclass_correlation(successes: ArrayLike, trials: int) -> float:
+    """Estimates by moments how strongly answers within one cell go together (beta-binomial ρ, one-way ANOVA form).
+
+    The variance of a cell's share is ``p(1-p)/n · [1 + (n-1)ρ]``; the observed variance over cells is solved for ρ.
+
+    Args:
+        successes: Hits of each cell, shape ``(C,)``, ``C >= 2``, each in ``[0, trials]``.
+        trials: Answers in each cell, ``n >= 2``.
+
+    Returns:
+        ρ clipped to ``[0, 1]``; 0 where no cell, or every answer, hit, because then nothing varies.
+
+    Raises:
+        ValueError: If there are too few cells or trials, or a count is out of range.
+    """
+    hits = np.asarray(successes, dtype=np.float64)
+    if hits.ndim != 1 or hits.size < 2 or trials < 2 or hits.min() < 0 or hits.max() > trials:
+        raise ValueError(
+            f"The correlation needs at least two cells of at least two answers, and hits between 0 and {trials}; "
+            f"got {hits.shape} cells."
+        )
+    share = hits.mean() / trials
+    if share in (0.0, 1.0):
+        return 0.0
+    inflation = float((hits / trials).var(ddof=1) * trials / (share * (1 - share)))
+    return min(max((inflation - 1) / (trials - 1), 0.0), 1.0)
+
+
+def effective_sample_size(n: int, rho: float) -> float:
+    """Returns how many independent answers ``n`` answers of one model are worth: ``n / (1 + (n-1)ρ)``.
+
+    Args:
+        n: Answers, at least 1.
+        rho: Correlation within the model, in ``[0, 1]``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if n < 1 or not 0 <= rho <= 1:
+        raise ValueError(f"The effective sample size needs n >= 1 and 0 <= rho <= 1, got n={n}, rho={rho}.")
+    return n / (1 + (n - 1) * rho)
+
+
+def seeded_stream(count: int, *context: str | int) -> NDArray[np.uint64]:
+    """Returns ``count`` uniform 64-bit numbers that depend on nothing but ``context`` (SHAKE-256).
+
+    Evidence is checked again years later: unlike the streams of a library's generator, these never change with a version.
+    """
+    digest = hashlib.shake_256(json.dumps(context, separators=(",", ":")).encode()).digest(8 * count)
+    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+
+def seeded_permutation(count: int, *context: str | int) -> Tensor:
+    """Returns a permutation of ``range(count)``, int64, that depends on nothing but ``context``."""
+    return torch.from_numpy(np.argsort(seeded_stream(count, *context), kind="stable").astype(np.int64))
+
+
+@dataclass(frozen=True)
+class DecoyTable:
+    """Which other keys a key is compared with, and how a table of answers gives all their statistics.
+
+    A key is (source a, source b, target t, combining way c). A *cell* is (a, b, c); of each cell the suspect answers the same
+    number of samples. With ``R`` the shares of answers, the statistic of a key is its success against its matched control, the
+    same sources combined in the other ways: ``T(a,b,t,c) = R[a,b,c][t] - mean over c' ≠ c of R[a,b,c'][t]``.
+
+    When ``decoys`` is at least the size of the key space, every key of the space is compared. Otherwise that many keys are drawn,
+    independently and uniformly, with a seed that mixes the verifier's with the key's salt: the owner, bound by the commitment,
+    cannot steer the draw, nobody who reads the evidence can repeat it without the key, and two keys get separate draws.
+
+    Args:
+        key: The true key.
+        decoys: Number of decoy keys wanted, from 1 to ``MAX_DECOYS``.
+        seed: The verifier's seed, at least 0.
+
+    Raises:
+        ValueError: If a number is out of range, or the key has only one combining way and hence no controls.
+    """
+
+    key: WatermarkKey
+    decoys: int = 9999
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.decoys <= MAX_DECOYS:
+            raise ValueError(f"decoys={self.decoys} must be between 1 and {MAX_DECOYS}; 9999 reaches p = 1e-4.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0.")
+        if len(self.space.combiners) < 2:
+            raise ValueError(
+                "The key's space has one combining way, so there are no controls to compare with. "
+                "Use a key whose space has at least two ways."
+            )
+
+    @cached_property
+    def space(self) -> KeySpace:
+        """The keys that are compared: the key's space, and the key's own way where that is not in it."""
+        ways = self.key.space
+        return KeySpace(self.key.num_classes, ways if self.key.combiner in ways else (*ways, self.key.combiner))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the key was drawn uniformly from the space it is compared with."""
+        return self.key.drawn_uniformly and self.key.combiner in self.key.space
+
+    @property
+    def enumerated(self) -> bool:
+        """Whether all keys of the space are compared instead of a draw."""
+        return self.decoys >= self.space.size
+
+    @property
+    def way(self) -> int:
+        """Position of the key's combining way in ``space.combiners``."""
+        return self.space.combiners.index(self.key.combiner)
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """The drawn decoys, shape ``(B, 4)``: source a, source b, target, way; int64. They may repeat, or hit the key."""
+        bits = seeded_stream(self.decoys, "decoys", self.key.salt, self.seed)
+        indices = (bits % np.uint64(self.space.size)).tolist()
+        return torch.tensor([self.space.key_at(index) for index in indices], dtype=torch.int64)
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """The ordered source pairs that are asked, sorted, shape ``(P, 2)``, int64."""
+        classes = self.key.num_classes
+        if self.enumerated:
+            codes = torch.arange(classes * classes)
+            codes = codes[codes // classes != codes % classes]
+        else:
+            a, b = self.key.source_classes
+            asked = {(a, b), *map(tuple, self.drawn[:, :2].tolist())}
+            codes = torch.tensor(sorted(first * classes + second for first, second in asked))
+        return torch.stack([codes // classes, codes % classes], dim=1)
+
+    @property
+    def cells(self) -> Tensor:
+        """The cells, sorted by source a, source b and way, shape ``(P · ways, 3)``, int64."""
+        ways = len(self.space.combiners)
+        return torch.cat(
+            [self.pairs.repeat_interleave(ways, 0), torch.arange(ways).repeat(len(self.pairs))[:, None]], dim=1
+        )
+
+    def _table(self, counts: Tensor) -> tuple[Tensor, int]:
+        """Checks the counts and returns them as ``(pairs, ways, classes)``, and the answers in each cell."""
+        ways, classes = len(self.space.combiners), self.key.num_classes
+        shape = (len(self.pairs) * ways, classes)
+        if tuple(counts.shape) != shape or counts.dtype != torch.int64:
+            raise ValueError(
+                f"The table of answers must be int64 of shape {shape} (cells, classes), got {counts.dtype} of shape {tuple(counts.shape)}."
+            )
+        sizes = counts.sum(1)
+        samples = int(sizes[0])
+        if samples < 1 or bool((counts < 0).any()) or bool((sizes != samples).any()):
+            raise ValueError("Every cell of the table must hold the same number of answers, at least one.")
+        return counts.reshape(len(self.pairs), ways, classes), samples
+
+    def _position(self, a: Tensor, b: Tensor) -> Tensor:
+        """Returns the rows of ``pairs`` that hold the given source pairs."""
+        classes = self.key.num_classes
+        return torch.searchsorted(self.pairs[:, 0] * classes + self.pairs[:, 1], a * classes + b)
+
+    def _true_key(self) -> tuple[int, int, int]:
+        a, b = self.key.source_classes
+        return int(self._position(torch.tensor([a]), torch.tensor([b]))[0]), self.way, self.key.target_class
+
+    def _other_keys(self) -> Tensor:
+        """Marks every key of the asked cells but the true one, shape ``(pairs, ways, classes)``, bool."""
+        classes = torch.arange(self.key.num_classes)
+        possible = (classes != self.pairs[:, :1]) & (classes != self.pairs[:, 1:])
+        mask = possible[:, None, :].repeat(1, len(self.space.combiners), 1)
+        mask[self._true_key()] = False
+        return mask
+
+    def statistics(self, counts: Tensor) -> tuple[float, Tensor]:
+        """Computes the statistic of the true key and of its decoys.
+
+        Args:
+            counts: How often each cell was answered with each class, shape ``(cells, classes)``, int64, in the order of ``cells``.
+
+        Returns:
+            The true key's statistic in ``[-1, 1]``, and the decoys', shape ``(B,)``, float64. Where all keys are compared these
+            are all the others, ``B = size - 1``.
+
+        Raises:
+            ValueError: If the table has another form, or its cells do not hold equally many answers.
+        """
+        table, samples = self._table(counts)
+        ways = table.shape[1]
+        # ways·R_c − ΣR = (ways − 1)·(R_c − mean of the others): whole numbers, so that equal statistics stay equal
+        values = (ways * table - table.sum(1, keepdim=True)).double() / (samples * (ways - 1))
+        true = float(values[self._true_key()])
+        if self.enumerated:
+            return true, values[self._other_keys()]
+        a, b, target, way = self.drawn.unbind(1)
+        return true, values[self._position(a, b), way, target]
+
+    def correlation(self, counts: Tensor) -> float | None:
+        """Returns :func:`intraclass_correlation` of the other keys' successes; ``None`` with one answer a cell."""
+        table, samples = self._table(counts)
+        return intraclass_correlation(table[self._other_keys()].numpy(), samples) if samples > 1 else None
+
+
+def summary(values: Sequence[float] | Tensor | NDArray[Any]) -> dict[str, float]:
+    """Returns mean, standard deviation, median, 95 % and 99 % quantile and maximum of ``values``, shape ``(B,)``."""
+    array = np.asarray(values, dtype=np.float64)
+    median, q95, q99 = np.quantile(array, [0.5, 0.95, 0.99])
+    return {
+        "mean": float(array.mean()),
+        "std": float(array.std()),
+        "median": float(median),
+        "q95": float(q95),
+        "q99": float(q99),
+        "max": float(array.max()),
+    }

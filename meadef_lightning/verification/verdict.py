@@ -1,0 +1,293 @@
+"""From a suspect's answers to a verdict: pure functions, nothing is asked again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from meadef_lightning.verification import statistics
+from meadef_lightning.verification.statistics import DecoyTable
+from meadef_lightning.watermark.key import WatermarkKey
+
+Decision = Literal["supported", "inconclusive", "not supported"]
+
+PAPER_THRESHOLD = 0.30
+_LEANING = 0.01
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Responses:
+    """All answers of one suspect, as class labels. Raw answers tell the key, so this stays with whoever holds it.
+
+    Args:
+        trigger: Answers to the watermark samples, int64, shape ``(n,)``.
+        control: Answers to their matched controls, int64, shape ``(n,)``.
+        cells: Source a, source b and combining way of each cell, int64, shape ``(cells, 3)``, sorted (``DecoyTable.cells``).
+        counts: How often each cell was answered with each class, int64, shape ``(cells, classes)``.
+        natural: Answers to natural test samples, int64, shape ``(N,)``.
+        natural_labels: Their true classes, int64, shape ``(N,)``.
+        decoys: Number of decoy keys wanted.
+        seed: The verifier's seed.
+    """
+
+    trigger: Tensor
+    control: Tensor
+    cells: Tensor
+    counts: Tensor
+    natural: Tensor
+    natural_labels: Tensor
+    decoys: int
+    seed: int
+
+    def __repr__(self) -> str:
+        """Shows sizes only: the answers to triggers, in a log or traceback, would give the target away."""
+        return f"Responses({len(self.trigger)} triggers, {len(self.cells)} cells, {len(self.natural)} natural samples)"
+
+    def check(self, key: WatermarkKey) -> DecoyTable:
+        """Checks that the answers belong to this key's questions, and returns the comparison that was asked for.
+
+        Raises:
+            ValueError: If shapes, types or ranges are wrong, or the cells are not the ones that this key and seed need.
+        """
+        table = DecoyTable(key, self.decoys, self.seed)
+        for name in ("trigger", "control", "natural", "natural_labels"):
+            labels: Tensor = getattr(self, name)
+            if labels.ndim != 1 or labels.dtype != torch.int64 or len(labels) == 0:
+                raise ValueError(
+                    f"{name} must be int64 of shape (n,) with n >= 1, got {labels.dtype} {tuple(labels.shape)}."
+                )
+            if int(labels.min()) < 0 or int(labels.max()) >= key.num_classes:
+                raise ValueError(f"{name} holds answers outside 0 to {key.num_classes - 1}.")
+        for first, second in (("trigger", "control"), ("natural", "natural_labels")):
+            if len(getattr(self, first)) != len(getattr(self, second)):
+                raise ValueError(
+                    f"{first} and {second} must be equally long, got {len(getattr(self, first))} and {len(getattr(self, second))}."
+                )
+        if not torch.equal(self.cells, table.cells):
+            raise ValueError("The cells are not the ones that this key, number of decoys and seed ask for.")
+        return table
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one suspect. It names no class and no combining way, so it can be published.
+
+    Args:
+        verdict: ``"supported"``, ``"inconclusive"`` or ``"not supported"``.
+        reason: Why, in one sentence.
+        notes: What the p-values assume.
+        alpha: The pre-registered level.
+        samples: Triggers, and as many controls.
+        wsr: Watermark success rate, in ``[0, 1]``.
+        wsr_ci: Its 95 % Wilson interval, which treats the triggers as independent (see ``effective_samples``).
+        wfpr: The rate on the matched controls.
+        wfpr_ci: Its 95 % Wilson interval.
+        only_trigger: Pairs in which only the trigger was answered with the target.
+        only_control: Pairs in which only the control was.
+        mcnemar_p: Exact one-sided p-value of these two numbers.
+        statistic: The key's statistic T₀ in ``[-1, 1]``, success above matched controls, from the cell table.
+        decoy_p: Randomisation p-value of T₀.
+        decoys: Number of keys compared with.
+        decoy_method: ``"enumerated"`` (all other keys) or ``"sampled"``.
+        decoy_summary: Mean, std, median, q95, q99 and max of their statistics.
+        smallest_p: Smallest decoy p-value that could have come out.
+        exact: Whether ``decoy_p`` is exact: the key was drawn uniformly from the space it was compared with.
+        icc: Correlation of answers within one model (moment estimate over the other keys); ``None`` if not estimable.
+        effective_samples: Independent answers that the triggers are worth at this correlation.
+        conformal_p: Rank of T₀ among independent models, where their statistics were given.
+        null_models: How many were given.
+        null_rate_upper: 95 % upper bound on the rate at which independent models reach T₀.
+        natural_accuracy: The suspect's accuracy on natural test samples.
+        paper_threshold: ``{"threshold": 0.3, "exceeded": …}``, the paper's fixed rule, for comparison only.
+    """
+
+    verdict: Decision
+    reason: str
+    notes: tuple[str, ...]
+    alpha: float
+    samples: int
+    wsr: float
+    wsr_ci: tuple[float, float]
+    wfpr: float
+    wfpr_ci: tuple[float, float]
+    only_trigger: int
+    only_control: int
+    mcnemar_p: float
+    statistic: float
+    decoy_p: float
+    decoys: int
+    decoy_method: Literal["enumerated", "sampled"]
+    decoy_summary: Mapping[str, float]
+    smallest_p: float
+    exact: bool
+    icc: float | None
+    effective_samples: float | None
+    conformal_p: float | None
+    null_models: int
+    null_rate_upper: float | None
+    natural_accuracy: float
+    paper_threshold: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the verdict as JSON values."""
+        value: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return value
+
+
+def decoy_statistics(responses: Responses, key: WatermarkKey) -> tuple[float, Tensor]:
+    """Returns the true key's statistic and the decoys', shape ``(B,)``, float64, e.g. for a histogram.
+
+    The array is in the order of the keys: publish it sorted, or as a histogram.
+
+    Raises:
+        ValueError: If the answers do not belong to this key; see :meth:`Responses.check`.
+    """
+    return responses.check(key).statistics(responses.counts)
+
+
+def check_plan(alpha: float, null_statistics: Sequence[float] | None) -> None:
+    """Checks what was fixed beforehand; callers do so before a query is spent.
+
+    Raises:
+        ValueError: If ``alpha`` is not in ``(0, 1)``, or null statistics are given but empty or not finite.
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha} must lie strictly between 0 and 1; 0.001 is sensible for screening.")
+    if null_statistics is not None:
+        statistics.conformal_p_value(0.0, null_statistics)
+
+
+def judge(
+    responses: Responses, key: WatermarkKey, alpha: float = 1e-3, null_statistics: Sequence[float] | None = None
+) -> Verdict:
+    """Judges a suspect by its answers.
+
+    *Supported* needs both tests at ``alpha``: the decoy-key randomisation test (does the suspect prefer this key to keys that
+    were never embedded?) and McNemar's test against matched controls (does it prefer the key's way of combining to other ways
+    of combining the same sources?). Under independence the first alone holds the level; demanding both can only lower the rate
+    of false claims. *Inconclusive* is what leans that way (both at 0.01), or could not have reached ``alpha`` at all.
+
+    Args:
+        responses: The suspect's answers.
+        key: The key.
+        alpha: Level, fixed before the suspect was asked; in ``(0, 1)``.
+        null_statistics: ``Verdict.statistic`` of independently trained models under the same key, reported beside.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        ValueError: If ``alpha`` or a null statistic is out of range, or the answers do not belong to this key.
+    """
+    check_plan(alpha, null_statistics)
+    table = responses.check(key)
+    statistic, decoys = table.statistics(responses.counts)
+    decoy_p = statistics.randomisation_p_value(statistic, decoys)
+    smallest_p = 1 / (len(decoys) + 1)
+
+    hit, false_hit = responses.trigger == key.target_class, responses.control == key.target_class
+    n = len(hit)
+    only_trigger, only_control = int((hit & ~false_hit).sum()), int((false_hit & ~hit).sum())
+    mcnemar_p = statistics.mcnemar_exact(only_trigger, only_control)
+    hits, false_hits = int(hit.sum()), int(false_hit.sum())
+
+    nulls = None if null_statistics is None else [float(value) for value in null_statistics]
+    conformal_p = None if nulls is None else statistics.conformal_p_value(statistic, nulls)
+    icc = table.correlation(responses.counts)
+    decision, reason = _decide(alpha, decoy_p, smallest_p, mcnemar_p, 0.5**n, hits / n)
+    return Verdict(
+        verdict=decision,
+        reason=reason,
+        notes=_notes(table, nulls),
+        alpha=alpha,
+        samples=n,
+        wsr=hits / n,
+        wsr_ci=statistics.wilson_interval(hits, n),
+        wfpr=false_hits / n,
+        wfpr_ci=statistics.wilson_interval(false_hits, n),
+        only_trigger=only_trigger,
+        only_control=only_control,
+        mcnemar_p=mcnemar_p,
+        statistic=statistic,
+        decoy_p=decoy_p,
+        decoys=len(decoys),
+        decoy_method="enumerated" if table.enumerated else "sampled",
+        decoy_summary=statistics.summary(decoys),
+        smallest_p=smallest_p,
+        exact=table.exact,
+        icc=icc,
+        effective_samples=None if icc is None else statistics.effective_sample_size(n, icc),
+        conformal_p=conformal_p,
+        null_models=0 if nulls is None else len(nulls),
+        null_rate_upper=None if nulls is None or conformal_p is None else _rate_upper(conformal_p, len(nulls)),
+        natural_accuracy=float((responses.natural == responses.natural_labels).double().mean()),
+        paper_threshold={"threshold": PAPER_THRESHOLD, "exceeded": hits / n > PAPER_THRESHOLD},
+    )
+
+
+def _rate_upper(conformal_p: float, models: int) -> float:
+    """Bounds the rate at which independent models reach the statistic; the rank says how many of these did."""
+    return statistics.clopper_pearson_upper(round(conformal_p * (models + 1)) - 1, models)
+
+
+def _decide(
+    alpha: float, decoy_p: float, smallest_p: float, mcnemar_p: float, smallest_mcnemar: float, wsr: float
+) -> tuple[Decision, str]:
+    """Returns the decision and the sentence that gives its reason."""
+    numbers = f"decoy-key p = {decoy_p:.2g}, McNemar p = {mcnemar_p:.2g}"
+    if decoy_p <= alpha and mcnemar_p <= alpha:
+        return "supported", (
+            f"The suspect answers {wsr:.1%} of the watermark samples with the key's target, more than other keys and other ways of "
+            f"combining the same sources explain at alpha = {alpha:g} ({numbers})."
+        )
+    if smallest_p > alpha:
+        return "inconclusive", (
+            f"The comparison with other keys cannot reach alpha = {alpha:g}, since its smallest possible p-value is {smallest_p:.2g} "
+            f"({numbers}): use more decoys, or a key from a larger key space."
+        )
+    if smallest_mcnemar > alpha:
+        return "inconclusive", (
+            f"The number of watermark samples cannot reach alpha = {alpha:g}, since the smallest possible McNemar p-value is "
+            f"{smallest_mcnemar:.2g} ({numbers}): use more samples."
+        )
+    if decoy_p <= _LEANING and mcnemar_p <= _LEANING:
+        return "inconclusive", (
+            f"The answers lean towards the key but not beyond the pre-registered alpha = {alpha:g} ({numbers}), which proves neither "
+            "theft nor independence."
+        )
+    return "not supported", (
+        f"The suspect does not prefer this key to other keys and to its controls at alpha = {alpha:g} ({numbers}), which does not "
+        "prove that it is independent: a negative verdict never proves innocence."
+    )
+
+
+def _notes(table: DecoyTable, nulls: Sequence[float] | None) -> tuple[str, ...]:
+    notes = []
+    if table.exact:
+        notes.append(
+            "The decoy-key p-value is exact if the key was drawn once, from a secret or beacon fixed before; trying G secrets until "
+            "one suits multiplies it by up to G."
+        )
+    if not table.key.drawn_uniformly:
+        notes.append(
+            "The key was picked by hand: the decoy-key p-value is not exact, and valid only if the key was fixed, without regard to "
+            "how models answer it, before the suspect was seen."
+        )
+    if table.key.combiner not in table.key.space:
+        notes.append(
+            "The key's combining way is not in its declared key space and was added to it: the decoy-key p-value is not exact."
+        )
+    notes.append(
+        "Intervals and McNemar's test treat the answers of one model as independent; effective_samples says how many independent ones "
+        "they are worth. The decoy-key p-value needs no such assumption."
+    )
+    if nulls is not None:
+        notes.append(
+            "The conformal p-value assumes that the given models are exchangeable with an independent suspect."
+        )
+    return tuple(notes)

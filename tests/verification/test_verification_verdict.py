@@ -1,0 +1,195 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from verification_fakes import KEY
+
+from meadef_lightning.verification import Responses, decoy_statistics, judge
+from meadef_lightning.verification.statistics import DecoyTable
+from meadef_lightning.watermark import DEFAULT_COMBINERS, CombinerSpec, WatermarkKey
+
+A, B = KEY.source_classes
+TARGET = KEY.target_class
+
+
+def answers(key=KEY, cell_hits=0, hits=0, false_hits=0, n=100, cell_size=20, neighbours=(), **options):
+    """A suspect that answers the first source, but for so many hits on triggers, on controls, and in the key's cell.
+
+    ``neighbours`` are hits in cells of other source pairs at the same target and way.
+    """
+    table = DecoyTable(key, options.get("decoys", 9999), options.get("seed", 0))
+    a, b, target = *key.source_classes, key.target_class
+    cells = table.cells
+    counts = torch.zeros(len(cells), key.num_classes, dtype=torch.int64)
+    counts[torch.arange(len(cells)), cells[:, 0]] = cell_size
+
+    def hit(cell, number):
+        row = (cells == torch.tensor(cell)).all(1)
+        counts[row, cell[0]] -= number
+        counts[row, target] += number
+
+    hit((a, b, table.way), cell_hits)
+    others = [(x, y) for x, y in table.pairs.tolist() if (x, y) != (a, b) and target not in (x, y)]
+    for (x, y), number in zip(others, neighbours, strict=False):
+        hit((x, y, table.way), number)
+
+    def labels(number):
+        return torch.where(torch.arange(n) < number, target, a)
+
+    return Responses(
+        trigger=labels(hits),
+        control=labels(false_hits).flip(0),
+        cells=cells,
+        counts=counts,
+        natural=torch.tensor([0, 1, 2, 2]),
+        natural_labels=torch.tensor([0, 1, 2, 0]),
+        decoys=table.decoys,
+        seed=table.seed,
+    )
+
+
+def test_a_clear_case_is_supported_with_all_its_numbers():
+    verdict = judge(answers(cell_hits=15, hits=80, false_hits=5), KEY)
+    assert verdict.verdict == "supported"
+    size = 7 * 6 * 5 * 8
+    assert verdict.decoy_method == "enumerated"
+    assert (verdict.decoys, verdict.decoy_p, verdict.smallest_p) == (size - 1, 1 / size, 1 / size)
+    assert verdict.statistic == 0.75
+    assert (verdict.wsr, verdict.wfpr, verdict.samples) == (0.8, 0.05, 100)
+    assert verdict.wsr_ci[0] < 0.8 < verdict.wsr_ci[1]
+    assert verdict.wfpr_ci[0] < 0.05 < verdict.wfpr_ci[1]
+    assert (verdict.only_trigger, verdict.only_control) == (80, 5)
+    assert verdict.mcnemar_p == pytest.approx(sum(math.comb(85, i) for i in range(80, 86)) / 2**85)
+    assert verdict.natural_accuracy == 0.75
+    assert verdict.exact
+    assert verdict.icc == 0
+    assert verdict.effective_samples == 100
+    assert verdict.paper_threshold == {"threshold": 0.3, "exceeded": True}
+    assert verdict.conformal_p is None
+    assert "80.0%" in verdict.reason
+
+
+def test_pairs_hit_twice_do_not_count_for_mcnemar():
+    both = answers(cell_hits=15, hits=80, false_hits=40)
+    verdict = judge(both, KEY)
+    assert (verdict.only_trigger, verdict.only_control) == (60, 20)
+
+
+def test_a_high_success_rate_alone_supports_nothing():
+    """Above the paper's threshold, but so it is in the controls, and other keys do as well."""
+    verdict = judge(answers(cell_hits=20, hits=90, false_hits=90, neighbours=[20] * 20), KEY)
+    assert verdict.paper_threshold["exceeded"]
+    assert verdict.verdict == "not supported"
+    assert "never proves innocence" in verdict.reason
+    assert verdict.icc > 0.9
+    assert verdict.effective_samples < 1.2
+
+
+@pytest.mark.parametrize(
+    ("case", "decision", "reason"),
+    [
+        # both at 0.01, but the key is only one of ten that look alike
+        ({"cell_hits": 10, "hits": 60, "neighbours": [10] * 9}, "inconclusive", "lean towards the key"),
+        # the key is unique but its controls do nearly as well
+        ({"cell_hits": 10, "hits": 18, "false_hits": 4}, "inconclusive", "lean towards the key"),
+        # the key is unique, but its controls do as well as its triggers
+        ({"cell_hits": 10, "hits": 60, "false_hits": 55}, "not supported", "does not prefer"),
+        ({"cell_hits": 10, "hits": 10, "false_hits": 10}, "not supported", "does not prefer"),
+        ({"cell_hits": 0, "hits": 60}, "not supported", "does not prefer"),
+        ({"cell_hits": 10, "hits": 9, "n": 9}, "inconclusive", "use more samples"),
+    ],
+)
+def test_decisions(case, decision, reason):
+    verdict = judge(answers(**case), KEY)
+    assert (verdict.verdict, reason in verdict.reason) == (decision, True), verdict
+
+
+def test_a_small_key_space_or_few_decoys_cannot_support():
+    small = WatermarkKey.draw(3, "secret")
+    verdict = judge(answers(small, cell_hits=20, hits=100), small)
+    assert (verdict.smallest_p, verdict.verdict) == (1 / 48, "inconclusive")
+    assert "larger key space" in verdict.reason
+    few = judge(answers(cell_hits=20, hits=100, decoys=99), KEY)
+    assert (few.decoy_method, few.decoys, few.smallest_p) == ("sampled", 99, 0.01)
+    assert (few.verdict, few.decoy_p) == ("inconclusive", 0.01)
+    assert "more decoys" in few.reason
+    assert judge(answers(cell_hits=20, hits=100, decoys=99), KEY, alpha=0.01).verdict == "supported"
+
+
+def test_alpha_decides():
+    responses = answers(cell_hits=10, hits=60, neighbours=[10] * 9)
+    assert judge(responses, KEY, alpha=0.01).verdict == "supported"
+    assert judge(responses, KEY, alpha=0.001).verdict == "inconclusive"
+
+
+def test_independent_models_are_ranked_beside():
+    verdict = judge(answers(cell_hits=10, hits=60), KEY, null_statistics=[0.0, 0.1, 0.5, -0.2])
+    assert verdict.conformal_p == 2 / 5  # the tie at 0.5 counts
+    assert verdict.null_models == 4
+    upper = verdict.null_rate_upper
+    assert (1 - upper) ** 4 + 4 * upper * (1 - upper) ** 3 == pytest.approx(0.05)
+    assert any("conformal" in note for note in verdict.notes)
+
+
+def test_a_hand_picked_key_is_marked():
+    verdict = judge(answers(WatermarkKey((0, 1), 2, 7), cell_hits=20, hits=90), WatermarkKey((0, 1), 2, 7))
+    assert not verdict.exact
+    assert any("picked by hand" in note for note in verdict.notes)
+    band = CombinerSpec("meadef_lightning.watermark.combiners.Band", {})
+    outside = WatermarkKey((0, 1), 2, 7, combiner=band)
+    verdict = judge(answers(outside, cell_hits=20, hits=90), outside)
+    assert verdict.decoys == 7 * 6 * 5 * 9 - 1
+    assert any("not in its declared key space" in note for note in verdict.notes)
+    assert not any("Band" in note for note in verdict.notes)
+
+
+def test_verdict_is_json_and_names_neither_class_nor_way():
+    verdict = judge(answers(cell_hits=10, hits=60), KEY, null_statistics=[0.1])
+    value = json.loads(json.dumps(verdict.to_dict()))
+    assert value["wsr_ci"] == list(verdict.wsr_ci)
+    assert value.keys() == {field.name for field in dataclasses.fields(verdict)}
+    assert "combiners" not in str(value)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        verdict.wsr = 1.0
+
+
+def test_statistics_for_a_histogram():
+    responses = answers(cell_hits=10, hits=60, neighbours=[4, 3])
+    true, decoys = decoy_statistics(responses, KEY)
+    assert true == 0.5
+    assert len(decoys) == 7 * 6 * 5 * 8 - 1
+    assert sorted(decoys.tolist())[-2:] == [0.15, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trigger": torch.zeros(100)}, "trigger must be int64"),
+        ({"control": torch.zeros(3, dtype=torch.int64)}, "trigger and control must be equally long, got 100 and 3"),
+        ({"natural": torch.tensor([0, 1, 2, 7])}, "natural holds answers outside 0 to 6"),
+        ({"trigger": torch.full((100,), -1)}, "trigger holds answers outside"),
+        ({"natural_labels": torch.zeros(0, dtype=torch.int64)}, "natural_labels must be int64"),
+        ({"cells": torch.zeros(336, 3, dtype=torch.int64)}, "cells are not the ones"),
+        ({"decoys": 99}, "cells are not the ones|table of answers"),
+    ],
+)
+def test_answers_of_other_questions_are_refused(change, message):
+    key = WatermarkKey.draw(7, "secret", combiners=DEFAULT_COMBINERS)
+    base = answers(key, cell_hits=10, hits=60)
+    if "decoys" in change:  # 99 decoys reach every pair of seven classes unless there are few of them
+        change = {"decoys": 2}
+    with pytest.raises(ValueError, match=message):
+        judge(dataclasses.replace(base, **change), key)
+
+
+@pytest.mark.parametrize("alpha", [0, 1, -0.1, float("nan")])
+def test_alpha_out_of_range(alpha):
+    with pytest.raises(ValueError, match="alpha="):
+        judge(answers(), KEY, alpha=alpha)
+
+
+def test_empty_null_statistics():
+    with pytest.raises(ValueError, match="at least one independent model"):
+        judge(answers(), KEY, null_statistics=[])
