@@ -52,6 +52,12 @@ def verify_parser(**kwargs: Any) -> ArgumentParser:
         help="YAML whose `model:` names the suspect's class_path and init_args. Default: the config.yaml in or above the suspect's "
         "directory; read it before you trust it, since it names classes to import.",
     )
+    parser.add_argument(
+        "--reference",
+        type=str,
+        help="A model trained without regard to the key (like --suspect); every key is compared above what it answers, which makes the "
+        "test more powerful.",
+    )
     parser.add_subclass_arguments(SplitDataModule, "data", required=True)
     parser.add_class_arguments(VerificationSpec, "verification")
     parser.add_argument("--output", type=str, default="runs/verify", help="Directory of evidence.json and the figure.")
@@ -147,11 +153,22 @@ def judge_suspect(options: Namespace) -> Verdict:
         raise MisconfigurationException(
             f"The key is for {key.num_classes} classes, the data has {data.num_classes}. Use the data the key was made for."
         )
-    suspect = load_suspect(Path(options.suspect), Path(options.model) if options.model else None, data)
-    settings = VerificationSpec(**options.verification.as_dict())
+    model = Path(options.model) if options.model else None
+    suspect = load_suspect(Path(options.suspect), model, data)
+    settings = asdict(VerificationSpec(**options.verification.as_dict()))
     with quiet():
+        reference = None
+        if options.reference:
+            known = load_suspect(Path(options.reference), model, data)
+            _, reference = verify(known, key, data, progress_bar=True, **settings)
         verdict, responses = verify(
-            suspect, key, data, evidence_path=output / "evidence.json", progress_bar=True, **asdict(settings)
+            suspect,
+            key,
+            data,
+            reference=reference,
+            evidence_path=output / "evidence.json",
+            progress_bar=True,
+            **settings,
         )
     write_json_atomic(output / "verdict.json", verdict.to_dict())
     figure = verdict_figure(responses, verdict, key, "suspect", output / "figures")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -35,7 +36,7 @@ from meadef_lightning.experiment.stages import (
     quiet,
     train_stage,
 )
-from meadef_lightning.verification import Fidelity, verify
+from meadef_lightning.verification import Fidelity, Responses, verify
 from meadef_lightning.victims.classifier import Classifier
 from meadef_lightning.watermark import WatermarkKey
 
@@ -103,9 +104,9 @@ class SeedRun:
 
     # ---- models
 
-    def victim(self, watermarked: bool = True) -> dict[str, Any]:
-        """Trains the victim, or its clean twin: the same training from the same seed without the watermark."""
-        name = "victim" if watermarked else "clean"
+    def victim(self, name: Literal["victim", "clean", "reference"]) -> dict[str, Any]:
+        """Trains the victim, or without the watermark its clean twin from the same seed, or the reference from another one."""
+        watermarked = name == "victim"
         config = self.experiment.config("victim")
         inputs = {**self.base, "config": self.experiment.hash_of(config)}
         if watermarked:
@@ -118,7 +119,7 @@ class SeedRun:
                 spec.victim.model.watermark = spec.watermark.callback(self.key)
             return spec.victim.model, spec.data, spec.victim.trainer
 
-        seed = derived_seed(self.seed, "victim")
+        seed = derived_seed(self.seed, "reference" if name == "reference" else "victim")
         return train_stage(self.root / name, name, inputs, build, seed, config["model"])
 
     def load_victim(self) -> Classifier:
@@ -140,7 +141,7 @@ class SeedRun:
         return todo
 
     def _victim_suspect(self) -> Suspect:
-        result = self.victim()
+        result = self.victim("victim")
         return Suspect(
             "victim",
             "victim",
@@ -153,7 +154,7 @@ class SeedRun:
         )
 
     def _clean_suspect(self) -> Suspect:
-        result = self.victim(watermarked=False)
+        result = self.victim("clean")
         return Suspect(
             "clean",
             "independent",
@@ -209,6 +210,12 @@ class SeedRun:
                 [victim(part).argmax(dim=-1) for part in torch.split(x, self.spec.verification.batch_size)]
             )
 
+    @cached_property
+    def reference_answers(self) -> Responses:
+        """The reference model's answers to the verifier's questions: what composites look like to a model without the key."""
+        model = load_weights(self.fresh().victim.model, self.data, self.root / "reference" / MODEL)
+        return verify(model, self.key, self.data, **asdict(self.spec.verification))[1]
+
     def judge(self, suspect: Suspect) -> SuspectRow:
         """Verifies one suspect in a stage of its own, with evidence and a figure of the decoys."""
         directory = self.root / f"verify-{suspect.name}"
@@ -219,13 +226,19 @@ class SeedRun:
             "key": self.key.commitment(),
             "suspect": suspect.sha256,
             "victim": read_json(self.root / "victim" / RESULT)["sha256"],
+            "reference": read_json(self.root / "reference" / RESULT)["sha256"],
         }
         with Stage(directory, f"verify-{suspect.name}", inputs) as stage:
             if not stage.done:
                 model = load_weights(suspect.build(), self.data, suspect.directory / MODEL)
                 with quiet():
                     verdict, responses = verify(
-                        model, self.key, self.data, evidence_path=directory / "evidence.json", **asdict(options)
+                        model,
+                        self.key,
+                        self.data,
+                        reference=self.reference_answers,
+                        evidence_path=directory / "evidence.json",
+                        **asdict(options),
                     )
                 fidelity = Fidelity()(responses.natural, self.victim_answers)
                 if is_rank_zero():
@@ -269,12 +282,18 @@ def run(experiment: Experiment, output: Path, command: str = "") -> Report:
     rows: list[SuspectRow] = []
     many = len(experiment.seeds) > 1
     runs = [SeedRun(experiment, output / f"seed-{seed}" if many else output, seed) for seed in experiment.seeds]
-    total = sum(len(seed_run.suspects()) for seed_run in runs)
+    total = sum(1 + len(seed_run.suspects()) for seed_run in runs)
+    steps = count(1)
+
+    def announce(name: str, seed: int) -> None:
+        if is_rank_zero():
+            console.rule(f"{next(steps)}/{total} {name}" + (f", seed {seed}" if many else ""), align="left")
+
     for seed_run in runs:
+        announce("reference", seed_run.seed)
+        seed_run.victim("reference")
         for name, make in seed_run.suspects():
-            if is_rank_zero():
-                suffix = f", seed {seed_run.seed}" if many else ""
-                console.rule(f"[{len(rows) + 1}/{total}] {name}{suffix}", align="left")
+            announce(name, seed_run.seed)
             row = seed_run.judge(make())
             rows.append(replace(row, name=f"{name}/seed-{seed_run.seed}") if many else row)
     report = _report(experiment, runs, rows)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.experiment.artifacts import config_hash
 from meadef_lightning.extraction import DistillationDataModule, Student
-from meadef_lightning.oracle import Oracle, Policy, Soft
+from meadef_lightning.oracle import Oracle, Policy
 from meadef_lightning.victims.supervised import SupervisedVictim
 from meadef_lightning.watermark import WatermarkCallback, WatermarkKey
 
@@ -105,7 +105,7 @@ class AttackSpec:
     Args:
         name: Unique name, used for directories and in the report.
         student: The thief's model.
-        policy: What the API answers.
+        policy: What the API answers; ``None`` for soft labels.
         queries: The attack: makes the thief's data from the oracle and the data splits.
         budget: Most distinct inputs the oracle answers; ``None`` for no limit.
         trainer: Arguments of the Trainer.
@@ -113,7 +113,7 @@ class AttackSpec:
 
     name: str
     student: Student
-    policy: Policy = field(default_factory=Soft)
+    policy: Policy | None = None
     queries: Callable[[Oracle, SplitDataModule], LightningDataModule] = DistillationDataModule
     budget: int | None = None
     trainer: TrainerOptions = field(default_factory=lambda: {"max_epochs": 20})
@@ -207,7 +207,7 @@ class Experiment:
         spec = self.build()
         names = [attack.name for attack in spec.extraction] + [control.name for control in spec.independent]
         twice = sorted({name for name in names if names.count(name) > 1})
-        reserved = sorted({"victim", "clean"} & set(names))
+        reserved = sorted({"victim", "clean", "reference"} & set(names))
         if (
             twice
             or reserved
@@ -246,7 +246,7 @@ class Experiment:
 
     def yaml(self) -> str:
         """Returns the whole configuration as YAML that runs again."""
-        text: str = self._parser.dump(self._config, skip_none=False)
+        text: str = self._parser.dump(self._config, skip_unset=False)
         return text
 
     def hash_of(self, *parts: Any) -> str:

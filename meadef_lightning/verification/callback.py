@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from meadef_lightning.verification.datamodule import Batch, SourceData, VerificationDataModule
 from meadef_lightning.verification.evidence import Evidence, model_fingerprint, tensors_fingerprint
 from meadef_lightning.verification.metrics import as_labels
-from meadef_lightning.verification.verdict import Responses, Verdict, check_plan, judge
+from meadef_lightning.verification.verdict import Responses, Verdict, check_plan, judge, with_reference
 from meadef_lightning.watermark.key import WatermarkKey
 
 OutputKey = int | str | Callable[[Any], Tensor]
@@ -148,6 +148,8 @@ class VerificationCallback(Callback):
         evidence_path: Where to write the evidence; ``None`` writes none. That it can be written is checked before anything is asked.
         null_statistics: Statistics of independent models under the same key; see
             :func:`~meadef_lightning.verification.verdict.judge`.
+        reference: Answers of a reference model to the same questions; see
+            :meth:`~meadef_lightning.verification.statistics.DecoyTable.statistics`.
 
     Attributes:
         verdict: The verdict, after the run.
@@ -168,8 +170,10 @@ class VerificationCallback(Callback):
         alpha: float = 1e-3,
         evidence_path: str | Path | None = None,
         null_statistics: Sequence[float] | None = None,
+        reference: Responses | None = None,
     ) -> None:
         check_plan(alpha, null_statistics)
+        self.reference = reference
         self.key, self.alpha, self.null_statistics = key, alpha, null_statistics
         self.evidence_path = None if evidence_path is None else Path(evidence_path)
         self._answers: list[Tensor] = []
@@ -221,7 +225,7 @@ class VerificationCallback(Callback):
                     f"The suspect gave no valid answer (NaN, or a label that is no class) to {invalid} of {len(answer)} {name} "
                     "samples. Check its weights, and that it takes inputs normalised like this data."
                 )
-        self.responses = data.responses(answers)
+        self.responses = with_reference(data.responses(answers), self.reference)
         self.verdict = judge(self.responses, self.key, self.alpha, self.null_statistics)
         if self.evidence_path is not None and trainer.is_global_zero:
             suspect = pl_module.network if isinstance(pl_module, SuspectModule) else [pl_module]
@@ -289,6 +293,7 @@ def verify(
     batch_size: int = 512,
     alpha: float = 1e-3,
     null_statistics: Sequence[float] | None = None,
+    reference: Responses | None = None,
     evidence_path: str | Path | None = None,
     output_key: OutputKey | None = None,
     progress_bar: bool = False,
@@ -308,6 +313,9 @@ def verify(
         batch_size: Samples a forward.
         alpha: Level of the verdict, fixed beforehand.
         null_statistics: Statistics of independent models under the same key.
+        reference: What this function returned for a reference model, with the same key and options: a model trained without regard
+            to the key, such as the owner's own without a watermark. It makes the test far more powerful where composites look
+            like a third class to any model.
         evidence_path: Where to write the evidence.
         output_key: Where the answers are in the suspect's output; see :class:`SuspectModule`.
         progress_bar: Whether to show Lightning's progress bar.
@@ -322,7 +330,7 @@ def verify(
         OSError: If the evidence cannot be written.
     """
     questions = VerificationDataModule(key, data, samples, decoys, decoy_samples, seed, batch_size)
-    callback = VerificationCallback(key, alpha, evidence_path, null_statistics)
+    callback = VerificationCallback(key, alpha, evidence_path, null_statistics, reference)
     devices = {weight.device for weight in suspect.parameters()} if isinstance(suspect, nn.Module) else set()
     with _quiet():
         trainer = Trainer(

@@ -88,7 +88,8 @@ class Evidence:
         model: ``sha256`` of the suspect's weights (:func:`model_fingerprint`), or null for a black box.
         data: ``verification`` and ``test``: SHA-256 of the samples and labels (:func:`tensors_fingerprint`).
         procedure: ``alpha``, ``decoys``, ``seed`` and ``null_statistics``.
-        answers: ``trigger``, ``control`` and ``cells`` (one row of counts a cell), all with blinded classes; ``natural`` and
+        answers: ``trigger``, ``control``, ``cells`` (one row of counts a cell) and ``reference`` (the same of a reference model, or
+            null), all with blinded classes; ``natural`` and
             ``natural_labels`` as they are.
         verdict: ``Verdict.to_dict()``.
         versions: ``package``, ``torch``, ``lightning`` and ``python``.
@@ -154,6 +155,9 @@ class Evidence:
                 "control": classes[responses.control].tolist(),
                 # column c of the file is the class that is named c; row r is cell order[r]
                 "cells": responses.counts[order][:, classes.argsort()].tolist(),
+                "reference": None
+                if responses.reference is None
+                else responses.reference[order][:, classes.argsort()].tolist(),
                 "natural": responses.natural.tolist(),
                 "natural_labels": responses.natural_labels.tolist(),
             },
@@ -262,8 +266,11 @@ class Evidence:
         labels = {name: torch.tensor(self.answers[name], dtype=torch.int64) for name in _LABELLED}
         classes, order = _blinding(key, seed, len(cells))
         named = classes.argsort()
-        if len(counts) != len(cells):
-            raise ValueError(f"answers.cells must have {len(cells)} rows, got {len(counts)}.")
+        known = self.answers["reference"]
+        reference = None if known is None else torch.tensor(known, dtype=torch.int64)
+        for name, table in (("cells", counts), ("reference", reference)):
+            if table is not None and len(table) != len(cells):
+                raise ValueError(f"answers.{name} must have {len(cells)} rows, got {len(table)}.")
         return Responses(
             trigger=named[labels["trigger"]],
             control=named[labels["control"]],
@@ -273,6 +280,7 @@ class Evidence:
             natural_labels=labels["natural_labels"],
             decoys=decoys,
             seed=seed,
+            reference=None if reference is None else reference[order.argsort()][:, classes],
         )
 
 
@@ -356,6 +364,7 @@ _FORM: dict[str, tuple[Callable[[Any], bool], str]] = {
     "procedure.seed": _integer(0, (1 << 63) - 1),
     "procedure.null_statistics": _NUMBERS,
     "answers.cells": _ROWS,
+    "answers.reference": (lambda value: value is None or _ROWS[0](value), "a list of rows of counts, or null"),
     **{f"answers.{name}": _LABELS for name in _LABELLED},
     # the verdict is derived again and compared, so all that matters here is that it can be
     **{f"verdict.{field.name}": _FLAT for field in fields(Verdict)},
@@ -381,5 +390,6 @@ def _check_form(content: Any) -> None:
     for name in _LABELLED:
         if max(answers[name], default=0) >= classes:
             raise EvidenceError(f"answers.{name} holds classes above {classes - 1}.")
-    if any(len(row) != classes for row in answers["cells"]):
-        raise EvidenceError(f"answers.cells must have rows of key.num_classes = {classes} counts.")
+    for name in ("cells", "reference"):
+        if any(len(row) != classes for row in answers[name] or ()):
+            raise EvidenceError(f"answers.{name} must have rows of key.num_classes = {classes} counts.")

@@ -298,20 +298,32 @@ class DecoyTable:
         mask[self._true_key()] = False
         return mask
 
-    def statistics(self, counts: Tensor) -> tuple[float, Tensor]:
+    def statistics(self, counts: Tensor, reference: Tensor | None = None) -> tuple[float, Tensor]:
         """Computes the statistic of the true key and of its decoys.
+
+        Some composites look like a third class to any model. A reference model that was trained without regard to the key shows
+        which; its statistic of the same key is subtracted. The reference does not depend on which key was drawn, so the rank of the
+        true key stays exact, and the natural look-alikes no longer hide it.
 
         Args:
             counts: How often each cell was answered with each class, shape ``(cells, classes)``, int64, in the order of ``cells``.
+            reference: The same of a reference model on the same samples, or ``None``.
 
         Returns:
-            The true key's statistic in ``[-1, 1]``, and the decoys', shape ``(B,)``, float64. Where all keys are compared these
-            are all the others, ``B = size - 1``.
+            The true key's statistic, in ``[-1, 1]`` without and ``[-2, 2]`` with a reference, and the decoys', shape ``(B,)``,
+            float64. Where all keys are compared these are all the others, ``B = size - 1``.
 
         Raises:
             ValueError: If the table has another form, or its cells do not hold equally many answers.
         """
         table, samples = self._table(counts)
+        if reference is not None:
+            known, asked = self._table(reference)
+            if asked != samples:
+                raise ValueError(
+                    f"The reference answered {asked} samples a cell, the suspect {samples}; ask both the same."
+                )
+            table = table - known
         ways = table.shape[1]
         # ways·R_c − ΣR = (ways − 1)·(R_c − mean of the others): whole numbers, so that equal statistics stay equal
         values = (ways * table - table.sum(1, keepdim=True)).double() / (samples * (ways - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ class Responses:
         natural_labels: Their true classes, int64, shape ``(N,)``.
         decoys: Number of decoy keys wanted.
         seed: The verifier's seed.
+        reference: ``counts`` of a reference model that was asked the same, or ``None``; see :meth:`DecoyTable.statistics`.
     """
 
     trigger: Tensor
@@ -43,6 +44,7 @@ class Responses:
     natural_labels: Tensor
     decoys: int
     seed: int
+    reference: Tensor | None = None
 
     def __repr__(self) -> str:
         """Shows sizes only: the answers to triggers, in a log or traceback, would give the target away."""
@@ -73,6 +75,21 @@ class Responses:
         return table
 
 
+def with_reference(responses: Responses, reference: Responses | None) -> Responses:
+    """Puts a reference model's answers beside a suspect's.
+
+    Raises:
+        ValueError: If the two were not asked the same.
+    """
+    if reference is None:
+        return responses
+    if not torch.equal(responses.cells, reference.cells) or responses.seed != reference.seed:
+        raise ValueError(
+            "The reference was asked other questions than the suspect; verify both with the same key and options."
+        )
+    return replace(responses, reference=reference.counts)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The judgement of one suspect. It names no class and no combining way, so it can be published.
@@ -90,7 +107,9 @@ class Verdict:
         only_trigger: Pairs in which only the trigger was answered with the target.
         only_control: Pairs in which only the control was.
         mcnemar_p: Exact one-sided p-value of these two numbers.
-        statistic: The key's statistic T₀ in ``[-1, 1]``, success above matched controls, from the cell table.
+        statistic: The key's statistic T₀ from the cell table: success above matched controls, in ``[-1, 1]``; with a reference
+            model, above that model's, in ``[-2, 2]``.
+        reference: Whether a reference model's statistics were subtracted.
         decoy_p: Randomisation p-value of T₀.
         decoys: Number of keys compared with.
         decoy_method: ``"enumerated"`` (all other keys) or ``"sampled"``.
@@ -119,6 +138,7 @@ class Verdict:
     only_control: int
     mcnemar_p: float
     statistic: float
+    reference: bool
     decoy_p: float
     decoys: int
     decoy_method: Literal["enumerated", "sampled"]
@@ -147,7 +167,7 @@ def decoy_statistics(responses: Responses, key: WatermarkKey) -> tuple[float, Te
     Raises:
         ValueError: If the answers do not belong to this key; see :meth:`Responses.check`.
     """
-    return responses.check(key).statistics(responses.counts)
+    return responses.check(key).statistics(responses.counts, responses.reference)
 
 
 def check_plan(alpha: float, null_statistics: Sequence[float] | None) -> None:
@@ -186,7 +206,7 @@ def judge(
     """
     check_plan(alpha, null_statistics)
     table = responses.check(key)
-    statistic, decoys = table.statistics(responses.counts)
+    statistic, decoys = table.statistics(responses.counts, responses.reference)
     decoy_p = statistics.randomisation_p_value(statistic, decoys)
     smallest_p = 1 / (len(decoys) + 1)
 
@@ -203,7 +223,7 @@ def judge(
     return Verdict(
         verdict=decision,
         reason=reason,
-        notes=_notes(table, nulls),
+        notes=_notes(table, nulls, responses.reference is not None),
         alpha=alpha,
         samples=n,
         wsr=hits / n,
@@ -214,6 +234,7 @@ def judge(
         only_control=only_control,
         mcnemar_p=mcnemar_p,
         statistic=statistic,
+        reference=responses.reference is not None,
         decoy_p=decoy_p,
         decoys=len(decoys),
         decoy_method="enumerated" if table.enumerated else "sampled",
@@ -266,8 +287,12 @@ def _decide(
     )
 
 
-def _notes(table: DecoyTable, nulls: Sequence[float] | None) -> tuple[str, ...]:
+def _notes(table: DecoyTable, nulls: Sequence[float] | None, reference: bool) -> tuple[str, ...]:
     notes = []
+    if reference:
+        notes.append(
+            "Every key's statistic is above that of a reference model, which must have been trained without regard to the key."
+        )
     if table.exact:
         notes.append(
             "The decoy-key p-value is exact if the key was drawn once, from a secret or beacon fixed before; trying G secrets until "

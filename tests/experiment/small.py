@@ -1,0 +1,65 @@
+"""Shrinks the shipped experiments to a size that a test can run: the same YAML, fewer images, one or two epochs."""
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ROOT / "experiments"
+TRAINER = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 1, "limit_test_batches": 1}
+QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
+SIZES = {"victim_size": 120, "attacker_size": 80, "verification_size": 120, "validation_size": 20}
+VERIFICATION = {"samples": 40, "decoys": 99, "decoy_samples": 4}
+
+
+def merged(*files):
+    """What a later file overrides an earlier one by: mappings merge, everything else is replaced (as jsonargparse does)."""
+
+    def merge(old, new):
+        if isinstance(old, dict) and isinstance(new, dict):
+            return {**old, **{name: merge(old.get(name), value) for name, value in new.items()}}
+        return new
+
+    config = {}
+    for file in files:
+        config = merge(config, yaml.safe_load((EXPERIMENTS / file).read_text()))
+    return config
+
+
+def shrink(config, trainer=TRAINER, **data):
+    """The configuration with small data, short trainings and one seed."""
+    config["data"]["init_args"] |= {**SIZES, **data}
+    trainings = [config["victim"], *config["extraction"], *config["independent"]]
+    for training in trainings:
+        training["trainer"] = {**trainer, **QUIET}
+    for attack in config["extraction"]:
+        attack.setdefault("queries", {"class_path": "meadef_lightning.extraction.DistillationDataModule"})
+    for control in config["independent"]:
+        control["count"] = 1
+    config["seeds"] = [0]
+    config["verification"] = {**VERIFICATION}
+    return config
+
+
+def write(config, path):
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def fake_fashion_mnist(root, images=500, size=28):
+    """Files of Fashion-MNIST's form: each class is a bright square at a place of its own."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for prefix, count in (("train", images), ("t10k", 100)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        pixels = generator.integers(0, 40, (count, size, size), dtype=np.uint8)
+        for i, label in enumerate(labels):
+            y, x = divmod(int(label), 4)
+            pixels[i, 7 * y : 7 * y + 7, 7 * x : 7 * x + 7] = 220
+        header = bytes([0, 0, 8, 1]) + count.to_bytes(4, "big")
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+        header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, size, size))
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+    return root

@@ -1,0 +1,72 @@
+"""Every YAML in experiments/ runs."""
+
+import json
+
+import pytest
+import yaml
+from small import EXPERIMENTS, fake_fashion_mnist, merged, shrink, write
+
+from meadef_lightning.cli import main
+
+PAPER = ("fashion_mnist/supervised.yaml", "overlays/paper_size.yaml", "overlays/paper.yaml")
+
+
+def run(config, tmp_path):
+    main(["run", str(write(config, tmp_path / "small.yaml")), "--output", str(tmp_path / "out")])
+    return json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_no_yaml_is_forgotten():
+    """Those below, and the LightningCLI overlay, which test_cli runs."""
+    tested = {"digits/supervised.yaml", "cifar10/supervised.yaml", "overlays/watermark.yaml", *PAPER}
+    assert {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml")} == tested
+
+
+def test_digits(tmp_path, capsys):
+    report = run(shrink(merged("digits/supervised.yaml")), tmp_path)
+    assert [row["name"] for row in report["suspects"]] == [
+        *("victim", "clean", "soft", "hard", "soft-other-network", "hard-other-network", "independent"),
+    ]
+    assert "independent" in capsys.readouterr().out
+
+
+def test_fashion_mnist(tmp_path):
+    root = str(fake_fashion_mnist(tmp_path / "data"))
+    report = run(shrink(merged("fashion_mnist/supervised.yaml"), root=root, download=False), tmp_path)
+    assert report["suspects"][2]["queries"] == 80
+
+
+def test_the_papers_size_and_recipe(tmp_path):
+    root = str(fake_fashion_mnist(tmp_path / "data"))
+    config = shrink(merged(*PAPER), root=root, download=False)
+    config["extraction"] = config["extraction"][2:3]
+    run(config, tmp_path)
+    saved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert saved["watermark"]["callback"]["init_args"]["balancing"]["class_path"].endswith("MGDA")
+    assert saved["victim"]["model"]["init_args"]["network"]["class_path"].endswith("NineLayerCNN")
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    """The same file on an image folder of CIFAR's shape, since CIFAR's own files cannot be had in a test."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 40), ("test", 6)):
+        for label in range(10):
+            folder = tmp_path / "data" / part / str(label)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                pixels[:, :, label % 3] //= 1 + label // 3
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    config = shrink(merged("cifar10/supervised.yaml"), root=str(tmp_path / "data"), in_memory=True)
+    config["data"]["class_path"] = "meadef_lightning.data.ImageFolderDataModule"
+    config["extraction"] = config["extraction"][1:2]
+    report = run(config, tmp_path)
+    assert {row["labels"] for row in report["suspects"] if row["kind"] == "extracted"} == {"hard"}
+
+
+@pytest.mark.parametrize("file", ["digits/supervised.yaml", "fashion_mnist/supervised.yaml", "cifar10/supervised.yaml"])
+def test_keys_printed_in_yaml_are_called_public(file):
+    assert list(merged(file)["watermark"]["key"]) == ["public_secret"]

@@ -1,0 +1,214 @@
+"""The commands, as a user types them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from meadef_lightning.cli import main
+from meadef_lightning.data import DigitsDataModule
+from meadef_lightning.victims import SupervisedVictim
+from meadef_lightning.victims.networks import DigitsCNN
+from meadef_lightning.watermark import WatermarkKey
+
+KEY = WatermarkKey.draw(10, "test")
+
+
+class Theirs(LightningModule):
+    """Somebody's module, which knows nothing of us."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 10)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    return str(KEY.save(tmp_path / "watermark.key.json"))
+
+
+def test_help_and_version(capsys):
+    for arguments in ([], ["--help"]):
+        main(arguments)
+        assert "usage: meadef COMMAND" in capsys.readouterr().out
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("meadef ")
+
+
+@pytest.mark.parametrize("command", ["run", "demo", "verify", "fit"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_help_of_run_teaches_the_experiment_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option in (
+        "--victim.model",
+        "--watermark.key",
+        "--extraction",
+        "--independent",
+        "--verification.alpha",
+        "--output",
+    ):
+        assert option in text
+    assert "Environment variable that holds the owner secret" in text
+
+
+def test_help_is_quick_because_it_imports_little():
+    code = "import sys; from meadef_lightning.cli import main; main(['--help']); print('torch' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.endswith("False\n")
+
+
+def test_console_script_is_installed():
+    from importlib.metadata import entry_points
+
+    (script,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "meadef"]
+    assert script.load() is main
+
+
+def test_overlay_adds_the_watermark_to_somebodys_configuration(tmp_path, monkeypatch, key_file):
+    monkeypatch.chdir(tmp_path)
+    overlay = str(__import__("pathlib").Path(__file__).parents[1] / "experiments" / "overlays" / "watermark.yaml")
+    base = {
+        "model": {"class_path": f"{__name__}.Theirs"},
+        "data": {"class_path": "DigitsDataModule"},
+        "trainer": {
+            "max_epochs": 2,
+            "limit_train_batches": 3,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "callbacks": [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}],
+        },
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    main(["fit", "-c", "base.yaml", "-c", overlay])
+    (log,) = tmp_path.glob("lightning_logs/version_*")
+    columns = (log / "metrics.csv").read_text().splitlines()[0] if (log / "metrics.csv").exists() else ""
+    saved = yaml.safe_load((log / "config.yaml").read_text())
+    assert [c["class_path"].rpartition(".")[2] for c in saved["trainer"]["callbacks"]] == [
+        "LearningRateMonitor",
+        "WatermarkCallback",
+    ]
+    assert saved["trainer"]["callbacks"][1]["init_args"]["key"] == "watermark.key.json"
+    assert KEY.salt not in (log / "config.yaml").read_text()
+    assert "watermark/ver" in columns or not columns
+
+
+def checkpoint(tmp_path, state=None):
+    """A directory as LightningCLI leaves it."""
+    folder = tmp_path / "suspect"
+    (folder / "checkpoints").mkdir(parents=True)
+    config = {
+        "model": {
+            "class_path": "meadef_lightning.victims.SupervisedVictim",
+            "init_args": {"network": {"class_path": "meadef_lightning.victims.networks.DigitsCNN"}},
+        }
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    model = SupervisedVictim(DigitsCNN, num_classes=10, in_channels=1)
+    model.configure_model()
+    torch.save({"state_dict": state or model.state_dict()}, folder / "checkpoints" / "model.ckpt")
+    return folder, model
+
+
+SMALL = [
+    "--data",
+    "DigitsDataModule",
+    "--verification.samples",
+    "60",
+    "--verification.decoys",
+    "99",
+    "--verification.decoy_samples",
+    "4",
+]
+
+
+def verify(tmp_path, key_file, suspect, *more):
+    main(["verify", "--key", key_file, "--suspect", str(suspect), *SMALL, "--output", str(tmp_path / "verdict"), *more])
+    return json.loads((tmp_path / "verdict" / "verdict.json").read_text())
+
+
+def test_verify_an_innocent_model(tmp_path, key_file, capsys):
+    folder, model = checkpoint(tmp_path)
+    verdict = verify(tmp_path, key_file, folder, "--reference", str(folder))
+    assert verdict["verdict"] != "supported"
+    assert verdict["reference"]
+    x, y = DigitsDataModule().tensors("test")
+    with torch.no_grad():
+        assert verdict["natural_accuracy"] == pytest.approx(float((model.eval()(x).argmax(-1) == y).double().mean()))
+    assert (tmp_path / "verdict" / "evidence.json").exists()
+    assert "Verdict:" in capsys.readouterr().out
+
+
+def test_verify_checkpoint_state_dict_and_torchscript_alike(tmp_path, key_file):
+    folder, model = checkpoint(tmp_path)
+    first = verify(tmp_path, key_file, folder / "checkpoints" / "model.ckpt")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    assert verify(tmp_path, key_file, tmp_path / "weights.pt", "--model", str(folder / "config.yaml")) == first
+    torch.jit.trace(model.network.eval(), torch.zeros(2, 1, 16, 16)).save(str(tmp_path / "model.ts"))
+    assert verify(tmp_path, key_file, tmp_path / "model.ts") == first
+
+
+def fails(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return str(stop.value.code) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["destroy"], "no command 'destroy'; it is one of demo, run, verify"),
+        (["run"], "needs an experiment file"),
+        (["run", "missing.yaml"], "no experiment file missing.yaml"),
+    ],
+)
+def test_mistakes_are_explained(arguments, message, capsys):
+    assert message in fails(arguments, capsys)
+
+
+def test_verify_mistakes(tmp_path, key_file, capsys):
+    folder, _ = checkpoint(tmp_path)
+    base = ["verify", "--output", str(tmp_path / "out"), *SMALL]
+    (tmp_path / "corrupt.json").write_text("{")
+    assert "not valid JSON" in fails([*base, "--key", str(tmp_path / "corrupt.json"), "--suspect", str(folder)], capsys)
+    assert "There is no suspect" in fails([*base, "--key", key_file, "--suspect", str(tmp_path / "none")], capsys)
+    three = str(WatermarkKey.draw(3, "x").save(tmp_path / "three.json"))
+    assert "key is for 3 classes" in fails([*base, "--key", three, "--suspect", str(folder)], capsys)
+    (folder / "checkpoints" / "model.ckpt").write_bytes(b"garbage")
+    assert "can be read safely" in fails([*base, "--key", key_file, "--suspect", str(folder)], capsys)
+    (tmp_path / "bare.ckpt").write_bytes(b"garbage")
+    message = fails([*base, "--key", key_file, "--suspect", str(tmp_path / "bare.ckpt")], capsys)
+    assert "no config.yaml beside" in message
+    assert "--model" in message
+
+
+def test_a_users_error_has_no_traceback_unless_asked_for(monkeypatch):
+    with pytest.raises(SystemExit):
+        main(["run", "missing.yaml"])
+    monkeypatch.setenv("MEADEF_DEBUG", "1")
+    with pytest.raises(ValueError, match="no experiment file"):
+        main(["run", "missing.yaml"])
