@@ -1,0 +1,79 @@
+"""A reference model: what composites look like to anybody is subtracted, and the p-value stays exact."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from verification_fakes import KEY, FakeData, Independent, Thief, key_at
+
+from meadef_lightning.verification import EvidenceError, check_evidence, verify
+from meadef_lightning.verification.statistics import DecoyTable, randomisation_p_value
+from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace
+
+QUICK = {"samples": 60, "decoy_samples": 4, "accelerator": "cpu"}
+SMALL = KeySpace(4, DEFAULT_COMBINERS[:3])  # 72 keys
+
+
+def random_counts(table, seed, samples=6):
+    generator = torch.Generator().manual_seed(seed)
+    answers = torch.randint(0, SMALL.num_classes, (len(table.cells), samples), generator=generator)
+    return torch.nn.functional.one_hot(answers, SMALL.num_classes).sum(1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_p_is_exact_for_every_suspect_and_every_reference(suspect, reference):
+    """With the key uniform, at most a share a of the keys of a space may get p <= a, whatever the two models answer."""
+    p_values = []
+    for index in range(SMALL.size):
+        table = DecoyTable(key_at(SMALL, index))
+        true, decoys = table.statistics(random_counts(table, suspect), random_counts(table, reference))
+        p_values.append(randomisation_p_value(true, decoys))
+    for level in (1 / 72, 0.05, 0.2, 0.5):
+        assert sum(p <= level + 1e-12 for p in p_values) <= level * SMALL.size + 1e-9
+
+
+def test_statistics_are_differences():
+    table = DecoyTable(key_at(SMALL, 5))
+    counts, known = random_counts(table, 0), random_counts(table, 1)
+    (with_it, decoys), (alone, alone_decoys) = table.statistics(counts, known), table.statistics(counts)
+    reference, reference_decoys = table.statistics(known)
+    assert with_it == pytest.approx(alone - reference)
+    torch.testing.assert_close(decoys, alone_decoys - reference_decoys)
+    assert table.statistics(counts, counts) == (0, pytest.approx(torch.zeros(71)))
+
+
+def test_reference_must_have_answered_as_many_samples():
+    table = DecoyTable(key_at(SMALL, 5))
+    with pytest.raises(ValueError, match="reference answered 7 samples a cell, the suspect 6"):
+        table.statistics(random_counts(table, 0), random_counts(table, 1, samples=7))
+
+
+def test_reference_hides_natural_look_alikes_and_only_them(tmp_path):
+    _, reference = verify(Independent(), KEY, FakeData(), **QUICK)
+    path = tmp_path / "evidence.json"
+    thief, _ = verify(Thief(KEY, share=0.7), KEY, FakeData(), reference=reference, evidence_path=path, **QUICK)
+    assert (thief.verdict, thief.reference) == ("supported", True)
+    assert any("reference model" in note for note in thief.notes)
+    assert check_evidence(path, KEY) == thief
+    twin, _ = verify(Independent(), KEY, FakeData(), reference=reference, **QUICK)
+    assert (twin.statistic, twin.decoy_p, twin.verdict) == (0, 1, "not supported")
+
+
+def test_changed_reference_is_named(tmp_path):
+    _, reference = verify(Independent(), KEY, FakeData(), **QUICK)
+    path = tmp_path / "evidence.json"
+    verify(Thief(KEY), KEY, FakeData(), reference=reference, evidence_path=path, **QUICK)
+    content = json.loads(path.read_text())
+    content["answers"]["reference"][0].reverse()
+    path.write_text(json.dumps(content))
+    with pytest.raises(EvidenceError, match=r"Fields that differ: answers\.reference"):
+        check_evidence(path, KEY)
+
+
+def test_reference_to_other_questions_is_refused():
+    _, reference = verify(Independent(), KEY, FakeData(), seed=1, **QUICK)
+    with pytest.raises(ValueError, match="asked other questions"):
+        verify(Thief(KEY), KEY, FakeData(), reference=reference, **QUICK)

@@ -1,0 +1,521 @@
+"""Keys against brute force, a hand-written HKDF (RFC 5869), and hostile files; what a key must never show."""
+
+import copy
+import hashlib
+import hmac
+import itertools
+import json
+import logging
+import os
+import pprint
+import stat
+import sys
+import traceback
+import types
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.pretty import pretty_repr
+
+from meadef_lightning.watermark import DEFAULT_COMBINERS, CombinerSpec, KeySpace, WatermarkKey
+from meadef_lightning.watermark.combiners import Combiner, CropPaste, Stripes
+
+OWN = "meadef_lightning.watermark.combiners."
+TWO = (CombinerSpec(OWN + "CropPaste"), CombinerSpec(OWN + "PixelBlend"))
+SALT = "0123456789abcdef" * 2
+# numbers that occur nowhere else in a key file or a message, so that a leak can be seen
+SECRET = WatermarkKey((8363, 7457), 6869, 9973, combiner=DEFAULT_COMBINERS[3], seed=55837, salt="deadbeefcafe4711" * 2)
+SECRETS = ("8363", "7457", "6869", "55837", "deadbeefcafe4711", "Diagonal")
+
+
+class Mine(Combiner):
+    """A user's own way, in a module that is imported already."""
+
+    def combine(self, a, b, generator):
+        return torch.maximum(a, b)
+
+
+# ---- the space
+
+
+@pytest.mark.parametrize(("classes", "ways"), [*itertools.product([3, 4, 7], [1, 2, 8])])
+def test_key_at_reaches_every_valid_key_once(classes, ways):
+    space = KeySpace(classes, DEFAULT_COMBINERS[:ways])
+    valid = {(a, b, t, c) for a, b, t in itertools.permutations(range(classes), 3) for c in range(ways)}
+    reached = [space.key_at(index) for index in range(space.size)]
+    assert len(reached) == len(valid)
+    assert set(reached) == valid
+
+
+def test_key_at_refuses_indices_outside():
+    space = KeySpace(3, TWO)
+    for index in (-1, 12, 10**9):
+        with pytest.raises(IndexError, match="not in a space of 12 keys"):
+            space.key_at(index)
+
+
+def test_space_refuses_too_few_classes_and_repeated_ways():
+    with pytest.raises(ValueError, match=r"num_classes=2.*at least 3"):
+        KeySpace(2)
+    with pytest.raises(ValueError, match="only once"):
+        KeySpace(3, (*TWO, CombinerSpec(OWN + "CropPaste", {})))
+    with pytest.raises(ValueError, match="at least one combining way"):
+        KeySpace(3, ())
+
+
+# ---- drawing
+
+
+def rfc5869(material, salt, info, length):
+    """HKDF-SHA256 as RFC 5869 §2 writes it."""
+    prk = hmac.digest(salt or bytes(32), material, "sha256")
+    okm, block, counter = b"", b"", 0
+    while len(okm) < length:
+        counter += 1
+        block = hmac.digest(prk, block + info + bytes([counter]), "sha256")
+        okm += block
+    return okm[:length]
+
+
+def test_the_hand_written_hkdf_meets_the_rfcs_first_test_case():
+    okm = rfc5869(b"\x0b" * 22, bytes(range(13)), bytes(range(0xF0, 0xFA)), 42)
+    assert okm.hex() == "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.binary(min_size=1, max_size=80), st.text(st.characters(codec="utf-8"), max_size=40), st.integers(3, 1000))
+def test_draw_is_hkdf_of_secret_beacon_and_space(secret, beacon, classes):
+    key = WatermarkKey.draw(classes, secret, beacon)
+    space = KeySpace(classes)
+    public = {
+        "num_classes": classes,
+        "space": [c.to_dict() for c in DEFAULT_COMBINERS],
+        "what": "meadef_lightning key 1",
+    }
+    info = json.dumps(public, sort_keys=True, separators=(",", ":")).encode()
+    stream = rfc5869(secret, beacon.encode(), info, 52)
+    a, b, target, way = space.key_at(int.from_bytes(stream[:32], "big") % space.size)
+    assert (key.source_classes, key.target_class, key.combiner) == ((a, b), target, DEFAULT_COMBINERS[way])
+    assert key.seed == int.from_bytes(stream[32:36], "big") // 2
+    assert key.salt == stream[36:].hex()
+    assert key.drawn_uniformly
+    assert key == WatermarkKey.draw(classes, secret, beacon)
+
+
+def test_draw_takes_text_and_bytes_alike():
+    assert WatermarkKey.draw(10, "geheim ✓") == WatermarkKey.draw(10, "geheim ✓".encode())
+
+
+def test_draw_depends_on_secret_beacon_and_space():
+    keys = {
+        WatermarkKey.draw(10, "secret"),
+        WatermarkKey.draw(10, "Secret"),
+        WatermarkKey.draw(10, "secret", beacon="drand round 1"),
+        WatermarkKey.draw(10, "secret", beacon="drand round 2"),
+        WatermarkKey.draw(11, "secret"),
+        WatermarkKey.draw(10, "secret", combiners=TWO),
+        WatermarkKey.draw(10, "secret", combiners=TWO[::-1]),
+    }
+    assert len(keys) == len({key.salt for key in keys}) == len({key.seed for key in keys}) == 7
+
+
+@pytest.mark.parametrize("source", ["secret", "beacon"])
+def test_draw_is_uniform(source):
+    space, n = KeySpace(3, TWO), 3000
+    counts = dict.fromkeys(map(space.key_at, range(space.size)), 0)
+    for i in range(n):
+        secret, beacon = (f"owner {i}", "") if source == "secret" else ("owner", f"round {i}")
+        key = WatermarkKey.draw(3, secret, beacon, TWO)
+        counts[(*key.source_classes, key.target_class, TWO.index(key.combiner))] += 1
+    # the draws are fixed numbers: either this always holds or never; a biased draw gives p far below
+    assert scipy.stats.chisquare(list(counts.values())).pvalue > 1e-3
+
+
+def test_draw_refuses_an_empty_secret():
+    for empty in ("", b""):
+        with pytest.raises(ValueError, match="secret is empty"):
+            WatermarkKey.draw(10, empty)
+
+
+def test_controls_are_the_other_ways_of_the_space():
+    key = WatermarkKey.draw(10, "secret")
+    assert len(DEFAULT_COMBINERS) == len(key.control_combiners()) + 1
+    assert {*key.control_combiners(), key.combiner} == set(DEFAULT_COMBINERS)
+    picked = WatermarkKey((0, 1), 2, 10, combiner=CombinerSpec(OWN + "Band"))
+    assert picked.control_combiners() == DEFAULT_COMBINERS
+    assert not picked.drawn_uniformly
+
+
+# ---- validation
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source_classes": (8363, 9973)}, "unknown source class; this task has classes 0 to 9972"),
+        ({"source_classes": (-1, 7457)}, "unknown source class"),
+        ({"target_class": 9973}, "unknown target class"),
+        ({"source_classes": (7457, 7457)}, "two source classes must differ"),
+        ({"target_class": 8363}, "target class is one of its source classes"),
+        ({"source_classes": (8363, 7457, 1)}, "two source classes.*all integers"),
+        ({"source_classes": (8363, True)}, "all integers"),
+        ({"target_class": 6869.0}, "all integers"),
+        ({"seed": None}, "all integers"),
+        ({"seed": -1}, "seed must be an integer from 0"),
+        ({"seed": 2**63}, "seed must be an integer from 0"),
+        ({"num_classes": 2}, "at least 3"),
+        ({"salt": "deadbeefcafe4711"}, "at least 32 hexadecimal digits"),
+        ({"salt": "x" * 32}, "at least 32 hexadecimal digits"),
+        ({"space": TWO, "drawn_uniformly": True}, "claims to be drawn"),
+    ],
+)
+def test_invalid_keys_are_refused_without_naming_their_secrets(change, message):
+    fields = {name: getattr(SECRET, name) for name in SECRET.__dataclass_fields__}
+    with pytest.raises(ValueError, match=message) as refused:
+        WatermarkKey(**{**fields, **change})
+    assert not any(secret in str(refused.value) for secret in SECRETS)
+
+
+def test_a_key_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        SECRET.target_class = 0
+    described = SECRET.to_dict()
+    described["space"][1]["init_args"]["position"][0] = 9
+    assert DEFAULT_COMBINERS[1].init_args["position"] == [0.5, 0.0]
+
+
+# ---- combiner specifications
+
+
+def test_a_spec_builds_its_combiner():
+    built = CombinerSpec(OWN + "CropPaste", {"position": (0.25, 0), "size": (0.5, 0.5), "rotation": 90}).build()
+    assert isinstance(built, CropPaste)
+    assert (built.position, built.size, built.rotation) == ((0.25, 0), (0.5, 0.5), 90)
+    assert isinstance(CombinerSpec(f"{__name__}.Mine").build(), Mine)
+    assert isinstance(CombinerSpec("meadef_lightning.watermark.Stripes", {"axis": -2}).build(), Stripes)
+
+
+def test_specs_are_equal_by_content_and_keep_their_own_copy():
+    arguments = {"position": (0.5, 0.0), "size": [0.5, 1.0]}
+    spec = CombinerSpec(OWN + "CropPaste", arguments)
+    assert spec == DEFAULT_COMBINERS[1]
+    assert hash(spec) == hash(DEFAULT_COMBINERS[1])
+    before = hash(spec)
+    arguments["size"][0] = 0.25
+    arguments["rotation"] = 90
+    assert hash(spec) == before
+    assert spec != CombinerSpec(OWN + "CropPaste", arguments)
+    assert spec != CombinerSpec(OWN + "Diagonal", spec.init_args)
+    assert CombinerSpec.from_dict(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), {1, 2}, b"x", torch.zeros(1)])
+def test_specs_take_json_values_only(bad):
+    with pytest.raises(ValueError, match="mapping of JSON values"):
+        CombinerSpec(OWN + "PixelBlend", {"alpha": bad})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "CropPaste",
+        [],
+        {},
+        {"class_path": 3},
+        {"init_args": {}},
+        {"class_path": "a.B", "other": 1},
+        {"class_path": "a.B", "init_args": [1]},
+        {"class_path": "a.B", "init_args": "deadbeef"},
+    ],
+)
+def test_from_dict_of_a_spec_refuses_everything_else(value):
+    with pytest.raises(ValueError, match=r"combiner (is|must be) a mapping|must be a mapping") as refused:
+        CombinerSpec.from_dict(value)
+    assert "deadbeef" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        ".",
+        "CropPaste",
+        "builtins.eval",
+        "os.system",
+        "torch.nn.Linear",
+        "meadef_lightning..CropPaste",
+        "meadef_lightning.watermark.nowhere.CropPaste",
+        "meadef_lightning.watermark.combiners.torch",
+        "meadef_lightning.watermark.combiners.Combiner.forward",
+    ],
+)
+def test_build_refuses_what_is_no_combiner(path):
+    with pytest.raises(ValueError, match="not a combiner that is available here"):
+        CombinerSpec(path).build()
+
+
+def test_build_explains_wrong_arguments():
+    with pytest.raises(ValueError, match=r"do not fit .*Diagonal.*unexpected keyword"):
+        CombinerSpec(OWN + "Diagonal", {"colour": 1}).build()
+    with pytest.raises(ValueError, match="alpha=1"):
+        CombinerSpec(OWN + "PixelBlend", {"alpha": 1}).build()
+
+
+def test_foreign_modules_are_never_imported(tmp_path, monkeypatch):
+    marker = tmp_path / "imported"
+    package = tmp_path / "evil_package"
+    package.mkdir()
+    effect = (
+        f"import pathlib; pathlib.Path({str(marker)!r}).touch()\nfrom meadef_lightning.watermark import PixelBlend\n"
+    )
+    (tmp_path / "evil_module.py").write_text(effect)
+    (package / "__init__.py").write_text(effect)
+    (package / "inner.py").write_text(effect)
+    monkeypatch.syspath_prepend(tmp_path)
+    key = WatermarkKey((0, 1), 2, 3)
+    for path in ("evil_module.PixelBlend", "evil_package.PixelBlend", "evil_package.inner.PixelBlend"):
+        spec = CombinerSpec(path)
+        file = tmp_path / "key.json"
+        file.write_text(json.dumps({**key.to_dict(), "combiner": spec.to_dict(), "space": [spec.to_dict()]}))
+        loaded = WatermarkKey.load(file)
+        repr(loaded), loaded.commitment(), loaded.control_combiners()
+        with pytest.raises(ValueError, match="import the module of your own Combiner"):
+            loaded.combiner.build()
+    assert not marker.exists()
+    __import__("evil_module")  # the trap works
+    assert marker.exists()
+    assert CombinerSpec("evil_module.PixelBlend").build().alpha == 0.5
+    for name in ("evil_module", "evil_package", "evil_package.inner"):
+        sys.modules.pop(name, None)
+
+
+def test_a_lazy_module_is_not_woken(monkeypatch):
+    woken = []
+
+    class Lazy(types.ModuleType):
+        def __getattr__(self, name):
+            woken.append(name)
+            return Mine
+
+    monkeypatch.setitem(sys.modules, "lazy_thing", Lazy("lazy_thing"))
+    monkeypatch.setitem(sys.modules, "blocked_thing", None)
+    for path in ("lazy_thing.Mine", "blocked_thing.Mine"):
+        with pytest.raises(ValueError, match="not a combiner"):
+            CombinerSpec(path).build()
+    assert woken == []
+
+
+def test_the_command_is_not_started_by_a_key():
+    before = set(sys.modules)
+    for path in ("meadef_lightning.__main__.main", "meadef_lightning.cli.main"):
+        with pytest.raises(ValueError, match="not a combiner"):
+            CombinerSpec(path).build()
+    assert set(sys.modules) == before
+
+
+# ---- commitment
+
+
+KEYS = st.builds(
+    lambda classes, seed, way, salt, drawn: WatermarkKey(
+        classes[:2], classes[2], 12, DEFAULT_COMBINERS[way], seed, DEFAULT_COMBINERS, drawn, salt
+    ),
+    st.permutations(range(12)).map(lambda order: tuple(order[:3])),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 7),
+    st.text("0123456789abcdef", min_size=32, max_size=40),
+    st.booleans(),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(KEYS, KEYS)
+def test_commitment_binds_every_field(one, other):
+    canonical = json.dumps(one.to_dict(), sort_keys=True, separators=(",", ":")).encode()
+    assert one.commitment() == hashlib.sha256(canonical).hexdigest()
+    for name in one.__dataclass_fields__:
+        changed = copy.copy(one)  # one field after the other, past the validation
+        object.__setattr__(changed, name, getattr(other, name))
+        assert (changed.commitment() == one.commitment()) == (getattr(one, name) == getattr(other, name))
+
+
+def test_commitment_binds_number_of_classes_and_space():
+    base = WatermarkKey((0, 1), 2, 10, salt=SALT)
+    others = [
+        WatermarkKey((0, 1), 2, 11, salt=SALT),
+        WatermarkKey((0, 1), 2, 10, salt=SALT, space=DEFAULT_COMBINERS[:-1]),
+        WatermarkKey((0, 1), 2, 10, salt=SALT, space=DEFAULT_COMBINERS[::-1]),
+        WatermarkKey((1, 0), 2, 10, salt=SALT),
+        WatermarkKey((0, 1), 2, 10, salt=SALT, drawn_uniformly=True),
+    ]
+    assert len({key.commitment() for key in (base, *others)}) == 6
+
+
+def test_hand_picked_keys_have_fresh_salts():
+    assert WatermarkKey((0, 1), 2, 10).commitment() != WatermarkKey((0, 1), 2, 10).commitment()
+
+
+# ---- files
+
+
+@settings(deadline=None, max_examples=20)
+@given(key=KEYS)
+def test_a_key_survives_its_file(tmp_path_factory, key):
+    path = key.save(tmp_path_factory.mktemp("keys") / "deep" / "key.json")
+    loaded = WatermarkKey.load(str(path))
+    assert loaded == key
+    assert loaded.commitment() == key.commitment()
+    assert hash(loaded) == hash(key)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+def test_key_files_are_private_even_over_a_public_one(tmp_path):
+    path = tmp_path / "key.json"
+    path.write_text("{}")
+    path.chmod(0o644)
+    old = os.umask(0)
+    try:
+        SECRET.save(path)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("where", ["json.dump", "os.fsync", "pathlib.Path.replace"])
+def test_an_interrupted_write_leaves_the_old_key(tmp_path, monkeypatch, where):
+    path = SECRET.save(tmp_path / "key.json")
+
+    def interrupt(*args, **kwargs):
+        if where == "json.dump":
+            args[1].write('{"half": ')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            WatermarkKey((0, 1), 2, 10).save(path)
+    assert WatermarkKey.load(path) == SECRET
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def without(name):
+    return {field: value for field, value in SECRET.to_dict().items() if field != name}
+
+
+WITH = SECRET.to_dict()
+HOSTILE = {
+    "empty": b"",
+    "binary": bytes(range(256)) * 20,
+    "truncated": json.dumps(WITH).encode()[:-20],
+    "trailing": json.dumps(WITH).encode() + b"{",
+    "latin-1": json.dumps(WITH).encode().replace(b"Diagonal", "Diägonal".encode("latin-1")),
+    "oversized": json.dumps({**WITH, "padding": "x" * (1 << 20)}).encode(),
+    "deep": b"[" * 200_000,
+    "deep inside": json.dumps(WITH).encode().replace(b'{"anti": true}', b'{"anti": ' + b"[" * 980 + b"]" * 980 + b"}"),
+    "long number": json.dumps(WITH).replace("55837", "55837" * 2000).encode(),
+    "list": json.dumps([WITH]).encode(),
+    "string": json.dumps("deadbeefcafe4711").encode(),
+    "null": b"null",
+    "newer": json.dumps({**WITH, "schema_version": 2}).encode(),
+    "versionless": json.dumps(without("schema_version")).encode(),
+    "unknown field": json.dumps({**WITH, "deadbeefcafe4711": 1}).encode(),
+    "NaN class": json.dumps({**WITH, "target_class": float("nan")}).encode(),
+    "float class": json.dumps({**WITH, "target_class": 6869.0}).encode(),
+    "text class": json.dumps({**WITH, "target_class": "6869"}).encode(),
+    "true seed": json.dumps({**WITH, "seed": True}).encode(),
+    "huge seed": json.dumps({**WITH, "seed": 55837 * 10**30}).encode(),
+    "unknown class": json.dumps({**WITH, "num_classes": 7000}).encode(),
+    "same classes": json.dumps({**WITH, "source_classes": [8363, 8363]}).encode(),
+    "target is source": json.dumps({**WITH, "target_class": 8363}).encode(),
+    "three sources": json.dumps({**WITH, "source_classes": [8363, 7457, 5]}).encode(),
+    "sources no list": json.dumps({**WITH, "source_classes": {"8363": 7457}}).encode(),
+    "nested sources": json.dumps({**WITH, "source_classes": [[8363], [7457]]}).encode(),
+    "salt list": json.dumps({**WITH, "salt": ["deadbeefcafe4711"]}).encode(),
+    "salt short": json.dumps({**WITH, "salt": "deadbeefcafe4711"}).encode(),
+    "drawn text": json.dumps({**WITH, "drawn_uniformly": "deadbeefcafe4711"}).encode(),
+    "drawn outside": json.dumps({**WITH, "drawn_uniformly": True, "space": WITH["space"][:2]}).encode(),
+    "space empty": json.dumps({**WITH, "space": []}).encode(),
+    "space twice": json.dumps({**WITH, "space": WITH["space"] * 2}).encode(),
+    "space number": json.dumps({**WITH, "space": 8363}).encode(),
+    "combiner text": json.dumps({**WITH, "combiner": "x.Diagonal"}).encode(),
+    "combiner class": json.dumps({**WITH, "combiner": {"class_path": ["Diagonal"]}}).encode(),
+    "combiner args": json.dumps({**WITH, "combiner": {"class_path": "Diagonal", "init_args": "Diagonal"}}).encode(),
+    "combiner NaN": json.dumps(
+        {**WITH, "combiner": {"class_path": "Diagonal", "init_args": {"x": float("nan")}}}
+    ).encode(),
+    **{f"no {name}": json.dumps(without(name)).encode() for name in SECRET.__dataclass_fields__},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_unusable_files_are_refused_without_showing_their_content(tmp_path, name):
+    path = tmp_path / "key.json"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(ValueError, match=r"key\.json is (not a watermark key|not a usable|larger)") as refused:
+        WatermarkKey.load(path)
+    shown = "".join(traceback.format_exception(refused.value))
+    assert not any(secret in shown for secret in SECRETS)
+    assert len(shown) < 5000
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    ),
+    st.sampled_from([*WITH]),
+)
+def test_any_json_in_any_field_gives_a_key_or_a_value_error(value, name):
+    try:
+        key = WatermarkKey.from_dict({**WITH, name: value})
+    except ValueError:
+        return
+    assert len(key.commitment()) == 64
+    assert key.to_dict()[name] == value or name == "combiner"
+
+
+def test_missing_files_and_directories_say_so(tmp_path):
+    with pytest.raises(ValueError, match=r"Cannot read the watermark key .*nowhere\.json.*No such file.*draw"):
+        WatermarkKey.load(tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match=r"Cannot read the watermark key"):
+        WatermarkKey.load(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without an end")
+def test_a_file_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="larger than"):
+        WatermarkKey.load("/dev/zero")
+
+
+# ---- secrecy
+
+
+def test_nothing_that_prints_a_key_shows_it(caplog):
+    with caplog.at_level(logging.DEBUG):
+        logging.getLogger("training").info("key %s, %r, %s", SECRET, SECRET, {"config": [SECRET]})
+    try:
+        raise RuntimeError(SECRET)
+    except RuntimeError as error:
+        raised = "".join(traceback.format_exception(error))
+    shown = [
+        repr(SECRET),
+        str(SECRET),
+        f"{SECRET}",
+        caplog.text,
+        raised,
+        pprint.pformat({"key": SECRET}, width=20),
+        pretty_repr(SECRET),
+        json.dumps({"key": SECRET}, default=str),
+    ]
+    for text in shown:
+        assert "WatermarkKey(hand-picked, 9973 classes, commitment=" in text.replace("\n", "")
+        assert SECRET.commitment()[:16] in text
+        assert not any(secret in text for secret in SECRETS)
+    assert repr(WatermarkKey.draw(10, "secret")).startswith("WatermarkKey(drawn, 10 classes")
