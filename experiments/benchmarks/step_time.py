@@ -26,7 +26,7 @@ from meadef_lightning.victims import SupervisedVictim
 from meadef_lightning.victims.networks import VGGLike
 from meadef_lightning.watermark import MGDA, CombinerSpec, Fixed, LastLayerMGDA, WatermarkCallback, WatermarkKey
 
-VARIANTS = ("plain", "default", "fixed+com", "last-layer MGDA", "MGDA", "MGDA every 10")
+VARIANTS = ("plain", "default", "with L_com", "last-layer MGDA", "MGDA", "MGDA every 10")
 
 
 class Stopwatch(Callback):
@@ -63,7 +63,7 @@ def watermark(variant: str) -> WatermarkCallback | None:
     )
     balancing = {
         "default": None,
-        "fixed+com": Fixed(ver=1.0, com=0.1, eva=1.0),
+        "with L_com": Fixed(com=0.1),
         "last-layer MGDA": LastLayerMGDA(),
         "MGDA": MGDA(),
         "MGDA every 10": MGDA(every_n_steps=10),

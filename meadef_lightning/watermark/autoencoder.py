@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import tempfile
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class AutoencoderBlend(Combiner):
                 f"The autoencoder weights {path} are not the ones the key was made with (SHA-256 differs)."
             )
         try:
-            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         except Exception as error:  # torch raises many types for a broken file
             raise ValueError(
                 f"{path} does not hold weights of AutoencoderBlend({self.in_channels}, {self.width})."
@@ -137,12 +138,13 @@ class AutoencoderBlend(Combiner):
                 scheduler.step()
         self.requires_grad_(False)
         self.fitted = True
-        path = Path(path)
+        buffer = io.BytesIO()
+        torch.save({name: tensor.cpu() for name, tensor in self.state_dict().items()}, buffer)
+        path, content = Path(path), buffer.getvalue()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            torch.save({name: tensor.cpu() for name, tensor in self.state_dict().items()}, file)
+            file.write(content)
         Path(file.name).replace(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return CombinerSpec(
             f"{type(self).__module__}.{type(self).__qualname__}",
             {
@@ -150,6 +152,6 @@ class AutoencoderBlend(Combiner):
                 "width": self.width,
                 "alpha": self.alpha,
                 "weights": str(path),
-                "sha256": digest,
+                "sha256": hashlib.sha256(content).hexdigest(),
             },
         )

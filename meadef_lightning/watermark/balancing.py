@@ -52,11 +52,18 @@ class Balancing(nn.Module):
 class Fixed(Balancing):
     """``task + ver·L_ver + com·L_com + eva·L_eva`` with constant weights.
 
+    The defaults, in the last quarter of the training, are what cost a Fashion-MNIST victim under one point of accuracy while
+    thieves kept the watermark. Larger weights cost more (``ver=1, eva=0.1``: 2.4 points); ``eva=1`` lowers false positives, and
+    with them what a thief takes along.
+
     Args:
         ver: Weight of the verification loss, above 0.
         com: Weight of the combination loss.
         eva: Weight of the evasion loss.
     """
+
+    def __init__(self, ver: float = 0.3, com: float = 0.0, eva: float = 0.03) -> None:
+        super().__init__(ver, com, eva)
 
     def forward(self, task_loss: Tensor, terms: Terms, module: nn.Module) -> Tensor:
         """Adds the weighted terms to the task's loss."""
@@ -121,32 +128,40 @@ class MGDA(Balancing):
         from torchjd.aggregation import MGDAWeighting
 
         parameters = self.parameters_to_balance(module)
+        device = losses[0].device.type
         # a constant factor leaves the weights alone, and keeps half-precision gradients from vanishing
-        scale = 1024.0 if torch.is_autocast_enabled(losses[0].device.type) else 1.0
-        rows = []
-        for loss in losses:
-            gradients = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
-            rows.append(
-                torch.cat(
-                    [
-                        (torch.zeros_like(parameter) if gradient is None else gradient).flatten().float()
-                        for parameter, gradient in zip(parameters, gradients, strict=True)
-                    ]
+        scale = 1024.0 if torch.is_autocast_enabled(device) else 1.0
+        with torch.autocast(device, enabled=False):  # which would make the Gramian half-precision, too
+            rows = []
+            for loss in losses:
+                gradients = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
+                rows.append(
+                    torch.cat(
+                        [
+                            (torch.zeros_like(parameter) if gradient is None else gradient).flatten().float()
+                            for parameter, gradient in zip(parameters, gradients, strict=True)
+                        ]
+                    )
                 )
-            )
-        matrix = torch.stack(rows) / scale
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(matrix)
-            matrix /= torch.distributed.get_world_size()
-        gramian = matrix @ matrix.T
-        if self.normalize != "none":
-            length = gramian.diagonal().sqrt()
-            if self.normalize == "loss+":
-                length = length * torch.stack([loss.detach().float() for loss in losses])
-            length = length.clamp_min(torch.finfo(length.dtype).tiny)
-            gramian = gramian / torch.outer(length, length)
-        weights: Tensor = MGDAWeighting()(gramian)
-        return weights.detach()
+            matrix = torch.stack(rows) / scale
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(matrix)
+                matrix /= torch.distributed.get_world_size()
+            gramian = (
+                matrix @ matrix.T
+            ).cpu()  # the solver looks at values all the time: wait for the device only once
+            if self.normalize != "none":
+                length = gramian.diagonal().sqrt()
+                if self.normalize == "loss+":
+                    length = length * torch.stack([loss.detach().float() for loss in losses]).cpu()
+                length = length.clamp_min(torch.finfo(length.dtype).tiny)
+                gramian = gramian / length / length[:, None]  # one by one: the square of a vanishing length would be 0
+            if (
+                not gramian.isfinite().all()
+            ):  # an overflow, whose step AMP skips, must not outlive it in the kept weights
+                return torch.full((len(losses),), 1 / len(losses))
+            weights: Tensor = MGDAWeighting()(gramian)
+            return weights.detach()
 
 
 class LastLayerMGDA(MGDA):

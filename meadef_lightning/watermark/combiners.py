@@ -59,6 +59,9 @@ class MaskCombiner(Combiner):
     """A combiner that takes every position from ``a`` or from ``b``: ``where(mask, b, a)``.
 
     Subclasses give :meth:`mask` for a spatial size. Masks are cached per size and device, so a step costs one ``where``.
+
+    Raises:
+        ValueError: When called, if samples are so small that the mask shows only one of the sources.
     """
 
     def mask(self, size: tuple[int, ...]) -> Tensor:
@@ -74,8 +77,21 @@ class MaskCombiner(Combiner):
         size = tuple(a.shape[2:])
         mask = self._masks.get((size, a.device))
         if mask is None:
-            mask = self._masks[size, a.device] = self.mask(size).to(a.device)
+            # outside inference mode, or a mask cached in validation could not be used in training; always on the CPU, so
+            # that positions on an edge fall on the same side everywhere
+            with torch.inference_mode(False), torch.device("cpu"):
+                mask = self.mask(size)
+                if mask.all() or not mask.any():
+                    raise _one_source(self, size)
+                mask = self._masks[size, a.device] = mask.to(a.device)
         return torch.where(mask, b, a)
+
+
+def _one_source(combiner: nn.Module, size: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"{combiner} shows only one of its two sources on samples of size {tuple(size)}, so it would teach the target on plain "
+        "samples of one class. Change its parameters."
+    )
 
 
 def _fraction(name: str, value: float, *, low: float = 0.0, high: float = 1.0) -> float:
@@ -97,7 +113,8 @@ class CropPaste(Combiner):
         rotation: Counter-clockwise rotation of the rectangle in degrees: 0, 90, 180 or 270.
 
     Raises:
-        ValueError: If a fraction is out of range, the rectangle leaves the image, or the rotation is not a quarter turn.
+        ValueError: If a fraction is out of range, the rectangle leaves the image, or the rotation is not a quarter turn; when
+            called, if the rectangle covers the sample, or rotated does not fit into it.
     """
 
     def __init__(
@@ -109,6 +126,9 @@ class CropPaste(Combiner):
     ) -> None:
         super().__init__()
         crop = position if crop_position is None else crop_position
+        for name, pair in (("position", position), ("size", size), ("crop_position", crop)):
+            if len(pair) != 2:
+                raise ValueError(f"{name}={tuple(pair)} must be two fractions, of height and width.")
         for name, start in (("position", position), ("crop_position", crop)):
             for offset, extent in zip(start, size, strict=True):
                 _fraction(name, offset)
@@ -144,6 +164,8 @@ class CropPaste(Combiner):
         dims = slice(2 - len(spatial), None)
         target = [self._interval(*t) for t in zip(self.position[dims], self.size[dims], spatial, strict=True)]
         extents = [high - low for low, high in target]
+        if extents == list(spatial):
+            raise _one_source(self, spatial)
         if self.rotation in (90, 270):
             extents.reverse()
         patch = b
@@ -240,7 +262,7 @@ class Band(MaskCombiner):
     def mask(self, size: tuple[int, ...]) -> Tensor:
         """Marks the band."""
         _need_axis(self, size, self.axis)
-        centre = (torch.arange(size[self.axis]) + 0.5) / size[self.axis]
+        centre = (torch.arange(size[self.axis]).double() + 0.5) / size[self.axis]
         line = (centre >= self.start) & (centre < self.start + self.width)
         return line.expand(size) if self.axis == -1 else line[:, None].expand(size)
 
@@ -258,8 +280,8 @@ class Diagonal(MaskCombiner):
 
     def mask(self, size: tuple[int, ...]) -> Tensor:
         """Marks the triangle that shows ``b``."""
-        y, x = _unit_grid(self, size)
-        return x + y >= 1 if self.anti else x >= y
+        y, x = _centred_grid(self, size)
+        return x >= -y if self.anti else x >= y
 
 
 class Donut(MaskCombiner):
@@ -278,8 +300,8 @@ class Donut(MaskCombiner):
 
     def mask(self, size: tuple[int, ...]) -> Tensor:
         """Marks the ring."""
-        y, x = _unit_grid(self, size)
-        radius = (2 * x - 1).square() + (2 * y - 1).square()
+        y, x = _centred_grid(self, size)
+        radius = x.square() + y.square()
         return (radius >= self.inner**2) & (radius < self.outer**2)
 
 
@@ -290,9 +312,9 @@ def _need_axis(combiner: nn.Module, size: tuple[int, ...], axis: int) -> None:
         )
 
 
-def _unit_grid(combiner: nn.Module, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Returns pixel centres in ``(0, 1)`` along height (as a column) and width (as a row)."""
+def _centred_grid(combiner: nn.Module, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Returns pixel centres in ``(-1, 1)`` along height (as a column) and width (as a row), exactly symmetric around 0."""
     if len(size) != 2:
         raise ValueError(f"{type(combiner).__name__} combines images with two spatial dimensions, got {len(size)}.")
-    height, width = size
-    return ((torch.arange(height) + 0.5) / height)[:, None], ((torch.arange(width) + 0.5) / width)[None, :]
+    y, x = ((2 * torch.arange(length) + 1 - length).double() / length for length in size)
+    return y[:, None], x[None, :]

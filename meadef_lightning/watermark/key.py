@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import secrets
+import string
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,8 @@ from meadef_lightning.watermark.combiners import Combiner
 
 _SCHEMA = 1
 _MAX_KEY_BYTES = 1 << 20
-_OWN_PACKAGE = __name__.partition(".")[0]
+_MAX_SEED = (1 << 63) - 1
+_OWN_PACKAGE = __name__.rpartition(".")[0]
 
 
 def _canonical(value: object) -> bytes:
@@ -40,29 +42,41 @@ class CombinerSpec:
 
     Args:
         class_path: Import path of a :class:`~meadef_lightning.watermark.combiners.Combiner`.
-        init_args: Its arguments, JSON values only.
+        init_args: Its arguments, JSON values only; kept as a copy, tuples as lists.
+
+    Raises:
+        ValueError: If an argument is not a JSON value.
     """
 
     class_path: str
     init_args: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "init_args", json.loads(_canonical(dict(self.init_args))))
+        except (RecursionError, TypeError, ValueError) as error:
+            raise ValueError(
+                "The init_args of a combiner must be a mapping of JSON values: finite numbers, strings, lists, mappings."
+            ) from error
+
     def build(self) -> Combiner:
         """Instantiates the combiner.
 
-        A specification may come from somebody else's file, so it can name only combiners of this package or of a module
-        that the running program has imported itself: reading a key never imports foreign code.
+        A specification may come from somebody else's file, so it can name only combiners of ``meadef_lightning.watermark`` or
+        of a module that the running program has imported itself: reading a key never imports foreign code.
 
         Raises:
             ValueError: If the path does not name an available combiner, or the arguments do not fit it.
         """
         module_name, _, name = self.class_path.rpartition(".")
-        if module_name.partition(".")[0] == _OWN_PACKAGE:
+        if f"{module_name}.".startswith(f"{_OWN_PACKAGE}."):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module_name)
-        kind = getattr(sys.modules.get(module_name), name, None)
+        # not getattr, which would run a lazy module's __getattr__ and so import more
+        kind = getattr(sys.modules.get(module_name), "__dict__", {}).get(name)
         if not (isinstance(kind, type) and issubclass(kind, Combiner)):
             raise ValueError(
-                f"{self.class_path!r} is not a combiner that is available here. Use one of meadef_lightning.watermark.combiners, "
+                f"{self.class_path!r:.200} is not a combiner that is available here. Use one of meadef_lightning.watermark.combiners, "
                 "or import the module of your own Combiner subclass before the key is used."
             )
         try:
@@ -72,21 +86,23 @@ class CombinerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns ``{"class_path": …, "init_args": {…}}``."""
-        return {"class_path": self.class_path, "init_args": dict(self.init_args)}
+        return {"class_path": self.class_path, "init_args": json.loads(_canonical(self.init_args))}
 
     @classmethod
     def from_dict(cls, value: Any) -> CombinerSpec:
-        """Reads what :meth:`to_dict` wrote; raises ``ValueError`` on anything else."""
+        """Reads what :meth:`to_dict` wrote; raises ``ValueError``, which does not show the value, on anything else."""
         if (
             not isinstance(value, Mapping)
             or set(value) - {"class_path", "init_args"}
             or not isinstance(value.get("class_path"), str)
         ):
-            raise ValueError(f"A combiner is a mapping with class_path and init_args, got {value!r:.200}.")
+            raise ValueError(
+                "A combiner is a mapping with class_path (a string) and init_args (a mapping), and nothing else."
+            )
         init_args = value.get("init_args") or {}
         if not isinstance(init_args, Mapping):
-            raise ValueError(f"init_args of {value['class_path']} must be a mapping, got {init_args!r:.200}.")
-        return cls(value["class_path"], dict(init_args))
+            raise ValueError(f"The init_args of a combiner must be a mapping, got a {type(init_args).__name__}.")
+        return cls(value["class_path"], init_args)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CombinerSpec) and _canonical(self.to_dict()) == _canonical(other.to_dict())
@@ -96,7 +112,7 @@ class CombinerSpec:
 
 
 def _own(name: str, **init_args: Any) -> CombinerSpec:
-    return CombinerSpec(f"{_OWN_PACKAGE}.watermark.combiners.{name}", init_args)
+    return CombinerSpec(f"{_OWN_PACKAGE}.combiners.{name}", init_args)
 
 
 DEFAULT_COMBINERS: tuple[CombinerSpec, ...] = (
@@ -172,7 +188,8 @@ class WatermarkKey:
         salt: Secret that keeps :meth:`commitment` from being guessed, 32 hexadecimal digits or more.
 
     Raises:
-        ValueError: If a class is unknown, the target is among the sources, or a type is wrong.
+        ValueError: If a class is unknown, the target is among the sources, or a type is wrong. The message names the field
+            and not its value, which is secret.
     """
 
     source_classes: tuple[int, int]
@@ -193,24 +210,24 @@ class WatermarkKey:
                 "A key has two source classes, a target class, a number of classes and a seed, all integers."
             )
         KeySpace(self.num_classes, self.space)
-        for name, value in (
-            ("source", self.source_classes[0]),
-            ("source", self.source_classes[1]),
-            ("target", self.target_class),
-        ):
-            if not 0 <= value < self.num_classes:
+        for name, classes in (("source", self.source_classes), ("target", (self.target_class,))):
+            if not all(0 <= value < self.num_classes for value in classes):
                 raise ValueError(
-                    f"The key's {name} class {value} is unknown; this task has classes 0 to {self.num_classes - 1}."
+                    f"The key has an unknown {name} class; this task has classes 0 to {self.num_classes - 1}."
                 )
         if self.source_classes[0] == self.source_classes[1]:
-            raise ValueError(f"The two source classes must differ, both are {self.source_classes[0]}.")
+            raise ValueError("The key's two source classes must differ.")
         if self.target_class in self.source_classes:
             raise ValueError(
-                f"The target class {self.target_class} is one of the sources {self.source_classes}; choose a third class, "
-                "or combined samples would be answered with it by any model."
+                "The key's target class is one of its source classes; choose a third class, or combined samples would be "
+                "answered with it by any model."
             )
-        if len(self.salt) < 32:
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise ValueError("The key's seed must be an integer from 0 to 2**63 - 1.")
+        if len(self.salt) < 32 or not set(self.salt) <= set(string.hexdigits):
             raise ValueError("The key's salt must have at least 32 hexadecimal digits.")
+        if self.drawn_uniformly and self.combiner not in self.space:
+            raise ValueError("The key claims to be drawn, but its combining way is not in its key space.")
 
     @classmethod
     def draw(
@@ -222,7 +239,7 @@ class WatermarkKey:
     ) -> WatermarkKey:
         """Draws a key uniformly from the key space, as a function of an owner secret and a public beacon.
 
-        HKDF-SHA256 turns the secret (salted with the beacon, bound to the key space) into 384 bits: 256 of them modulo the
+        HKDF-SHA256 turns the secret (salted with the beacon, bound to the key space) into 416 bits: 256 of them modulo the
         size of the space choose the key (bias below 2⁻²⁰⁰), the rest make seed and salt. With a beacon that was published
         after the owner committed to the secret (a block hash, a drand round), nobody can try secrets until a key suits them.
 
@@ -281,7 +298,7 @@ class WatermarkKey:
 
     @classmethod
     def from_dict(cls, value: Any) -> WatermarkKey:
-        """Reads what :meth:`to_dict` returned; raises ``ValueError`` on anything else."""
+        """Reads what :meth:`to_dict` returned; raises ``ValueError``, which shows none of it, on anything else."""
         names = {
             "source_classes",
             "target_class",
@@ -296,14 +313,15 @@ class WatermarkKey:
             raise ValueError(f"This is not a watermark key of schema version {_SCHEMA}.")
         if set(value) != names | {"schema_version"}:
             raise ValueError(
-                f"A watermark key has the fields {sorted(names)}; missing or unknown: {sorted(set(value) ^ names ^ {'schema_version'})}."
+                f"A watermark key has the fields {sorted(names)}; missing here: {sorted(names - set(value))}, "
+                f"unknown here: {len(set(value) - names) - 1}."
             )
         sources, space = value["source_classes"], value["space"]
         if not isinstance(sources, list) or not isinstance(space, list):
             raise ValueError("source_classes and space of a watermark key are lists.")
         if not isinstance(value["drawn_uniformly"], bool) or not isinstance(value["salt"], str):
             raise ValueError("drawn_uniformly of a watermark key is true or false, and its salt a string.")
-        key = cls(
+        return cls(
             source_classes=cast("tuple[int, int]", tuple(sources)),
             target_class=value["target_class"],
             num_classes=value["num_classes"],
@@ -313,9 +331,6 @@ class WatermarkKey:
             drawn_uniformly=value["drawn_uniformly"],
             salt=value["salt"],
         )
-        if key.drawn_uniformly and key.combiner not in key.space:
-            raise ValueError("The key claims to be drawn, but its combining way is not in its key space.")
-        return key
 
     def commitment(self) -> str:
         """Returns the SHA-256 over the canonical JSON, salt included: publish it before the model is deployed."""
@@ -351,17 +366,20 @@ class WatermarkKey:
         """
         path = Path(path)
         try:
-            if path.stat().st_size > _MAX_KEY_BYTES:
-                raise ValueError(f"{path} is larger than {_MAX_KEY_BYTES} bytes; this is not a watermark key.")
-            value = json.loads(path.read_bytes())
+            with path.open("rb") as file:
+                content = file.read(_MAX_KEY_BYTES + 1)
         except OSError as error:
             raise ValueError(
                 f"Cannot read the watermark key {path}: {error.strerror}. Make one with WatermarkKey.draw(…).save(path)."
             ) from error
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        if len(content) > _MAX_KEY_BYTES:
+            raise ValueError(f"{path} is larger than {_MAX_KEY_BYTES} bytes; this is not a watermark key.")
+        try:
+            value = json.loads(content)
+        except (RecursionError, ValueError):  # from None: a JSONDecodeError carries the whole file
             raise ValueError(
                 f"{path} is not a watermark key: it is not valid JSON. Restore it from your backup."
-            ) from error
+            ) from None
         try:
             return cls.from_dict(value)
         except (TypeError, ValueError) as error:

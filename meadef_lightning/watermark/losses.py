@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +17,8 @@ def verification_loss(watermark_logits: Tensor, target_class: int) -> Tensor:
     Returns:
         The mean over the batch, a scalar.
     """
-    target = watermark_logits.new_full((len(watermark_logits),), target_class).long()
+    # int64 from the start: bfloat16 logits would round a class above 256
+    target = watermark_logits.new_full((len(watermark_logits),), target_class, dtype=torch.int64)
     return F.cross_entropy(watermark_logits, target)
 
 

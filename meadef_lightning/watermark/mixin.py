@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from meadef_lightning.watermark.key import WatermarkKey
-from meadef_lightning.watermark.objective import WatermarkObjective, gather_states, restore_state
+from meadef_lightning.watermark.objective import WatermarkObjective, check_gradients, gather_states, restore_state
 
 _STATE = "meadef_watermark"
 
@@ -18,13 +19,15 @@ class WatermarkLossMixin(LightningModule):
 
     Use it where the callback cannot know which loss to add to (several optimisers, GANs), or where the terms are wanted one
     by one. Call :meth:`configure_watermark` in ``__init__`` and :meth:`watermark_loss` in ``training_step``. Do not use the callback
-    beside it, or the watermark is embedded twice.
+    beside it, or the watermark is embedded twice. The key is a secret: keep it out of ``save_hyperparameters``, which writes into
+    checkpoints and loggers.
 
     Example::
 
         class MyModule(WatermarkLossMixin):
             def __init__(self, key):
                 super().__init__()
+                self.save_hyperparameters(ignore="key")
                 self.net = ...
                 self.configure_watermark(key, samples=16)
 
@@ -36,6 +39,7 @@ class WatermarkLossMixin(LightningModule):
 
     watermark: WatermarkObjective
     _watermark_ready = False
+    _watermark_batch = -1
     _watermark_restored: dict[str, Any] | None = None
 
     def configure_watermark(self, key: WatermarkKey, **options: Any) -> None:
@@ -48,21 +52,31 @@ class WatermarkLossMixin(LightningModule):
         self._watermark_options = {"key": key, **options}
         self.watermark = WatermarkObjective(**self._watermark_options)
 
-    def on_fit_start(self) -> None:
-        """Gives every process its own random numbers, and an interrupted run its state back."""
-        super().on_fit_start()
+    def on_train_start(self) -> None:
+        """Gives every process its own random numbers, and an interrupted run its state back.
+
+        Raises:
+            MisconfigurationException: If the balancing cannot take its gradients under this strategy or compilation.
+        """
+        super().on_train_start()
+        check_gradients(self.watermark.balancing, self.trainer.strategy, self)
         self.watermark = WatermarkObjective(**self._watermark_options, rank=self.global_rank)
-        self._watermark_ready = False
+        self._watermark_ready, self._watermark_batch = False, -1
         if self._watermark_restored is not None:
             restore_state(self.watermark, self._watermark_restored, self.global_rank, self.trainer.world_size)
             self._watermark_restored = None
 
-    def watermark_loss(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Collects the batch's source samples and returns the terms of freshly drawn combinations.
+    def watermark_loss(
+        self, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Collects the batch's source samples and returns the terms of newly drawn combinations.
+
+        They are drawn once a batch: an optimiser that evaluates a step several times (LBFGS) sees one function.
 
         Args:
             x: Samples, shape ``(B, C, *spatial)``, in the model's input space.
             y: Labels, int64, shape ``(B,)``.
+            forward: Maps samples to logits of shape ``(B, K)``; the module itself if not given.
 
         Returns:
             ``{"ver": …, "com": …, "eva": …}``, scalars, terms of weight 0 left out; empty until both source classes have been
@@ -71,13 +85,17 @@ class WatermarkLossMixin(LightningModule):
         Raises:
             ValueError: If batch or output do not have the needed form.
         """
-        self.watermark.observe(x, y)
-        if not self._watermark_ready:
-            self._watermark_ready = self.trainer.strategy.reduce_boolean_decision(self.watermark.ready, all=True)
+        batch = self.trainer.fit_loop.total_batch_idx
+        if batch != self._watermark_batch:
+            self._watermark_batch = batch
+            self.watermark.pool.to(x.device, x.dtype)
+            self.watermark.observe(x, y)
             if not self._watermark_ready:
-                return {}
-        self.watermark.draw()
-        return self.watermark.terms(self, self)
+                decide = self.trainer.strategy.reduce_boolean_decision
+                self._watermark_ready = decide(self.watermark.ready, all=True)
+            if self._watermark_ready:
+                self.watermark.draw()
+        return self.watermark.terms(self, forward or self) if self._watermark_ready else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the objective's state to full checkpoints."""

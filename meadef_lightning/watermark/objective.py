@@ -7,12 +7,17 @@ the choice of combinations for the next step, one concatenated forward, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch._functorch import config as functorch_config
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from meadef_lightning.watermark.balancing import Balancing, Fixed
@@ -68,7 +73,8 @@ class WatermarkObjective:
         detach_sources: Whether ``L_com`` moves only the outputs on watermark samples.
         freeze_batchnorm: Whether BatchNorm layers use their running statistics on the extra samples. With ``True`` these
             samples are learnt under the very normalisation that they will be verified under, and leave the statistics
-            alone; with ``False`` they are normalised among themselves, as in the reference training.
+            alone. With ``False`` they are normalised among themselves, as in the reference training: on digits the victim learnt
+            them as well (99 %), but as something apart, and no thief did (0 %).
         buffer_size: Source samples kept per class.
         pool: The owner's own source samples; batches are then not looked at.
         rank: Added to the key's seed, so that processes draw different samples.
@@ -77,7 +83,7 @@ class WatermarkObjective:
     def __init__(
         self,
         key: WatermarkKey,
-        samples: int = 16,
+        samples: int = 8,
         balancing: Balancing | None = None,
         temperature: float = 1.0,
         detach_sources: bool = True,
@@ -94,7 +100,7 @@ class WatermarkObjective:
             raise ValueError("The given pool does not hold exactly the key's two source classes.")
         self.key = key
         self.samples = samples
-        self.balancing = Fixed() if balancing is None else balancing
+        self.balancing = Fixed() if balancing is None else deepcopy(balancing)  # its state belongs to this training
         self.temperature, self.detach_sources, self.freeze_batchnorm = temperature, detach_sources, freeze_batchnorm
         self.pool = SourcePool(key.source_classes, buffer_size) if pool is None else pool
         self.steps = 0
@@ -104,6 +110,16 @@ class WatermarkObjective:
         self._groups: dict[str, Tensor] = {}
         self._evasion_labels: Tensor | None = None
         self._checked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Turns the generator into bytes: spawned processes (``ddp_spawn``) cannot receive a generator."""
+        return {**self.__dict__, "_generator": self._generator.get_state().numpy().tobytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy, generator included."""
+        self.__dict__.update(state)
+        self._generator = torch.Generator()
+        self._generator.set_state(torch.frombuffer(bytearray(state["_generator"]), dtype=torch.uint8))
 
     def observe(self, x: Any, y: Any) -> None:
         """Keeps the batch's source samples.
@@ -118,11 +134,12 @@ class WatermarkObjective:
         if self.pool.fixed:
             return
         if not self._checked:
-            self._check(x, y)
+            self.check(x, y)
             self._checked = True
         self.pool.update(x, y)
 
-    def _check(self, x: Any, y: Any) -> None:
+    def check(self, x: Any, y: Any) -> None:
+        """Raises the ``ValueError`` of :meth:`observe` if samples or labels do not have the needed form."""
         where = "Set input_key and target_key to where your batches keep samples and labels."
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise ValueError(
@@ -156,12 +173,25 @@ class WatermarkObjective:
         weights = self.balancing.weights
         self._groups = {"watermark": self._combiner(a[:k], b[:k], self._generator)}
         if weights["eva"] > 0 and self._others:
+            if self.steps == 0:
+                self._check_others(a, b)
             self._groups["other"] = combine_in_turn(self._others, a[k:], b[k:], self.steps, self._generator)
-            second_wins = torch.rand(k, generator=self._generator) < 0.5
+            second_wins = torch.rand(k, generator=self._generator, dtype=torch.float32) < 0.5
             self._evasion_labels = torch.where(second_wins, second, first).to(a.device, non_blocking=True)
         if weights["com"] > 0:
             self._groups["first"], self._groups["second"] = a[:k], b[:k]
         self.steps += 1
+
+    def _check_others(self, a: Tensor, b: Tensor) -> None:
+        """Refuses a key whose own way stands in its space under another name: L_ver and L_eva would undo one another."""
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.rand(x[:1].shape, generator=generator, dtype=torch.float32).to(x) for x in (a, b))
+        own = self._combiner(a, b, generator.manual_seed(0))
+        if any(torch.equal(own, other(a, b, generator.manual_seed(0))) for other in self._others):
+            raise ValueError(
+                f"Another combining way of the key's space makes the same samples of size {tuple(a.shape[2:])} as the key's own. Write "
+                "the key's way exactly as it stands in the space, or give the key a space of ways that differ at this size."
+            )
 
     def terms(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Computes the terms of the drawn combinations in one concatenated forward.
@@ -177,10 +207,7 @@ class WatermarkObjective:
             ValueError: If the outputs are not logits over the key's classes.
         """
         names, groups = list(self._groups), list(self._groups.values())
-        if self.freeze_batchnorm:
-            with frozen_batchnorm(module):
-                logits = forward(torch.cat(groups))
-        else:
+        with frozen_batchnorm(module) if self.freeze_batchnorm else nullcontext():
             logits = forward(torch.cat(groups))
         expected = (sum(map(len, groups)), self.key.num_classes)
         if not isinstance(logits, Tensor) or logits.shape != expected:
@@ -196,7 +223,7 @@ class WatermarkObjective:
                 out["watermark"], out["first"], out["second"], self.temperature, self.detach_sources
             )
         if "other" in out and self._evasion_labels is not None:
-            terms["eva"] = evasion_loss(out["other"], self._evasion_labels)
+            terms["eva"] = evasion_loss(out["other"], self._evasion_labels.to(logits.device))
         return terms
 
     def total(self, module: nn.Module, task_loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
@@ -210,7 +237,7 @@ class WatermarkObjective:
             "steps": self.steps,
             "generator": self._generator.get_state(),
             "pool": self.pool.state_dict(),
-            "balancing": {name: tensor.cpu() for name, tensor in self.balancing.state_dict().items()},
+            "balancing": {n: tensor.to("cpu", copy=True) for n, tensor in self.balancing.state_dict().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -220,6 +247,31 @@ class WatermarkObjective:
         self.pool.load_state_dict(state["pool"])
         for name, tensor in state["balancing"].items():
             setattr(self.balancing, name, tensor.clone())
+
+
+def check_gradients(balancing: Balancing, strategy: Strategy, module: nn.Module) -> None:
+    """Refuses a set-up in which ``balancing`` cannot take the gradients it needs.
+
+    Raises:
+        MisconfigurationException: If ``strategy`` shards the gradients, or ``module`` is compiled in a way that allows one backward
+            pass only, which would else come out when the watermark's turn comes.
+    """
+    if not balancing.needs_gradients:
+        return
+    name = type(balancing).__name__
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"{name} needs whole gradients, which {type(strategy).__name__} shards. Use balancing=Fixed(...) with this strategy."
+        )
+    marks = ("_compiled_call_impl", "_compiler_ctx")  # of module.compile() and of Trainer.fit(torch.compile(module))
+    if getattr(functorch_config, "donated_buffer", False) and any(
+        isinstance(layer, OptimizedModule) or any(getattr(layer, mark, None) is not None for mark in marks)
+        for layer in module.modules()
+    ):
+        raise MisconfigurationException(
+            f"{name} needs several backward passes over one graph, but this module is compiled, and torch.compile gives buffers away "
+            "in the first. Set torch._functorch.config.donated_buffer = False before the training, or use balancing=Fixed(...)."
+        )
 
 
 def gather_states(objective: WatermarkObjective) -> dict[str, Any]:

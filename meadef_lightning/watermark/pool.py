@@ -72,7 +72,7 @@ class SourcePool:
             self._ready = False
         self._samples = self._samples.to(x.device, x.dtype)
         self._written = self._written.to(x.device)
-        slot = torch.full_like(y, spare)
+        slot = torch.full_like(y, spare, dtype=torch.int64)  # labels may come as uint8
         for row, label in enumerate(self.classes):
             mine = y == label
             nth = self._written[row] + mine.cumsum(0) - 1
@@ -104,7 +104,8 @@ class SourcePool:
         """
         if self._samples is None or not self.ready:
             raise RuntimeError("The pool is still empty for one of its classes; check `ready` before drawing.")
-        uniform = torch.rand((len(self.classes), count), generator=generator).to(
+        # a set dtype, since precision "bf16-true" changes the default one inside training_step
+        uniform = torch.rand((len(self.classes), count), generator=generator, dtype=torch.float32).to(
             self._samples.device, non_blocking=True
         )
         filled = self._written.clamp(max=self.capacity)[:, None]
@@ -119,11 +120,16 @@ class SourcePool:
         filled = [min(int(n), self.capacity, count) for n in self._written]
         return tuple(self._samples[r * self.capacity : r * self.capacity + n] for r, n in enumerate(filled))
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves and casts the stored samples; given samples wait on the CPU until a model asks for them."""
+        if self._samples is not None:
+            self._samples, self._written = self._samples.to(device, dtype), self._written.to(device)
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns the content as CPU tensors; empty for an unused or a given pool."""
+        """Returns a copy of the content as CPU tensors; empty for an unused or a given pool."""
         if self._samples is None or self.fixed:
             return {}
-        return {"samples": self._samples.cpu(), "written": self._written.cpu()}
+        return {"samples": self._samples.to("cpu", copy=True), "written": self._written.to("cpu", copy=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
