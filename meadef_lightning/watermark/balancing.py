@@ -147,19 +147,17 @@ class MGDA(Balancing):
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(matrix)
                 matrix /= torch.distributed.get_world_size()
-            gramian = (
-                matrix @ matrix.T
-            ).cpu()  # the solver looks at values all the time: wait for the device only once
+            # on the CPU: the solver looks at values all the time, so wait for the device only once
+            gramian = (matrix @ matrix.T).cpu()
             if self.normalize != "none":
                 length = gramian.diagonal().sqrt()
                 if self.normalize == "loss+":
                     length = length * torch.stack([loss.detach().float() for loss in losses]).cpu()
                 length = length.clamp_min(torch.finfo(length.dtype).tiny)
                 gramian = gramian / length / length[:, None]  # one by one: the square of a vanishing length would be 0
-            if (
-                not gramian.isfinite().all()
-            ):  # an overflow, whose step AMP skips, must not outlive it in the kept weights
-                return torch.full((len(losses),), 1 / len(losses))
+            if not gramian.isfinite().all():
+                # an overflow, whose step AMP skips anyway, must not live on in weights that are kept for n steps
+                return gramian.new_full((len(losses),), 1 / len(losses))
             weights: Tensor = MGDAWeighting()(gramian)
             return weights.detach()
 
