@@ -15,7 +15,9 @@ def test_snippet(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) == 10
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "snippet.py").write_text(code.replace("max_epochs=20", "max_epochs=20, enable_progress_bar=False, accelerator='cpu'"))
+    (tmp_path / "snippet.py").write_text(
+        code.replace("max_epochs=20", "max_epochs=20, enable_progress_bar=False, accelerator='cpu'")
+    )
     names = runpy.run_path("snippet.py")
     metrics = names["trainer"].callback_metrics
     assert metrics["watermark/wsr"] > 0.9

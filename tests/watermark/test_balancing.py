@@ -103,7 +103,7 @@ def test_mgda_meets_the_closed_form_for_two_losses(seed, dim):
     losses, (g1, g2) = point.bowls(2, rng)
     total = MGDA()(losses[0], terms(losses[1]), point)
     alpha = two_task_weight(g1, g2)
-    assert total.item() == pytest.approx(alpha * float(losses[0]) + (1 - alpha) * float(losses[1]), rel=1e-4)
+    assert total.item() == pytest.approx(alpha * losses[0].item() + (1 - alpha) * losses[1].item(), rel=1e-4)
     total.backward()
     direction = alpha * g1 + (1 - alpha) * g2
     scale = np.abs([g1, g2]).max()
@@ -155,7 +155,7 @@ def test_mgda_finds_a_short_common_descent_direction(seed, normalize, dim):
     if normalize != "none":
         gradients = gradients / np.linalg.norm(gradients, axis=1, keepdims=True)
     if normalize == "loss+":
-        gradients = gradients / [[float(loss)] for loss in losses]
+        gradients = gradients / [[loss.item()] for loss in losses]
     direction = alphas @ gradients
     longest = np.linalg.norm(gradients, axis=1).max()
     assert np.linalg.norm(direction) <= np.linalg.norm(gradients.mean(axis=0)) * (1 + 1e-4)
@@ -170,7 +170,7 @@ def test_the_watermark_loss_is_one_loss_with_its_weights():
     mgda = MGDA(ver=0.5, com=2.0, eva=3.0)
     total = mgda(task, {"ver": ver, "com": com, "eva": eva}, point)
     a = mgda.alphas.double().numpy()
-    assert total.item() == pytest.approx(a @ [float(task), float(0.5 * ver + 2 * com), float(3 * eva)], rel=1e-5)
+    assert total.item() == pytest.approx(a @ [task.item(), (0.5 * ver + 2 * com).item(), (3 * eva).item()], rel=1e-5)
     gradients = np.array([g, 0.5 * g_ver + 2 * g_com, 3 * g_eva])
     reference = MGDA()
     x = nn.ParameterList([nn.Parameter(torch.zeros(6, dtype=torch.float64))])
@@ -192,7 +192,7 @@ def test_normalizing_by_length_makes_two_losses_equal(seed):
     mgda = MGDA(normalize="loss+")
     mgda(1000 * losses[0], terms(losses[1]), point)
     g1, g2 = (
-        g / np.linalg.norm(g) / (factor * float(loss))
+        g / np.linalg.norm(g) / (factor * loss.item())
         for g, loss, factor in zip(gradients, losses, (1000, 1), strict=True)
     )
     assert float(mgda.alphas[0]) == pytest.approx(two_task_weight(g1, g2), abs=1e-3)
