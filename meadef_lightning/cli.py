@@ -76,13 +76,13 @@ def _run(arguments: list[str], files: Sequence[str] = (), program: str = "meadef
 
     from meadef_lightning.experiment.artifacts import is_rank_zero
     from meadef_lightning.experiment.pipeline import run
-    from meadef_lightning.experiment.render import headline, summary_table
+    from meadef_lightning.experiment.render import summary_table
 
     report = run(Experiment(parser, config), output, shlex.join([*program.split(), *arguments]))
     if is_rank_zero():
-        console = Console()
+        # rich takes 80 columns for granted where there is no terminal, too few for the table
+        console = Console(width=None if sys.stdout.isatty() else 110)
         console.print(summary_table(report))
-        console.print(headline(report))
         console.print(
             f"Report: {output / 'report.html'}, {output / 'report.json'}, {output / 'summary.csv'}", soft_wrap=True
         )

@@ -151,7 +151,9 @@ def main(
         )  # fmt: skip
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     console.print(table)
-    console.print(f"{hardware}, torch {torch.__version__}, batch {batch_size} of 3x{image_size}x{image_size} images, VGGLike")
+    console.print(
+        f"{hardware}, torch {torch.__version__}, batch {batch_size} of 3x{image_size}x{image_size} images, VGGLike"
+    )
     write_json_atomic(
         directory / "step_time.json", {"hardware": hardware, "torch": torch.__version__, "variants": result}
     )
