@@ -81,7 +81,7 @@ def _run(arguments: list[str], files: Sequence[str] = (), program: str = "meadef
     report = run(Experiment(parser, config), output, shlex.join([*program.split(), *arguments]))
     if is_rank_zero():
         # rich takes 80 columns for granted where there is no terminal, too few for the table
-        console = Console(width=None if sys.stdout.isatty() else 110)
+        console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(summary_table(report))
         console.print(
             f"Report: {output / 'report.html'}, {output / 'report.json'}, {output / 'summary.csv'}", soft_wrap=True

@@ -94,10 +94,12 @@ def measure(variant: str, batch_size: int, image_size: int, steps: int) -> list[
 def peak_memory(variant: str, batch_size: int, image_size: int) -> float:
     """Returns the peak memory of a fresh process that trains this variant, in MiB above a process that only imports."""
     code = (
-        "import resource, sys, torch; from meadef_lightning.experiments.benchmarks import step_time as s; "
-        f"base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; s.measure({variant!r}, {batch_size}, {image_size}, 3); "
-        "cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0; "
-        "sys.stdout.write(f'\\nPEAK {cuda / 2**20 or (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 2**10}')"
+        "import sys, torch; from pathlib import Path; from meadef_lightning.experiments.benchmarks import step_time as s\n"
+        # not ru_maxrss, which a child inherits from its parent on Linux
+        "def resident(): return int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0]) / 2**10\n"
+        f"base = resident(); s.measure({variant!r}, {batch_size}, {image_size}, 3)\n"
+        "cuda = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0\n"
+        "sys.stdout.write(f'\\nPEAK {cuda or resident() - base}')"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout  # noqa: S603
     return float(output.rpartition("PEAK ")[2])

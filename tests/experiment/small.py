@@ -14,10 +14,10 @@ VERIFICATION = {"samples": 40, "decoys": 99, "decoy_samples": 4}
 
 
 def merged(*files):
-    """What a later file overrides an earlier one by: mappings merge, everything else is replaced (as jsonargparse does)."""
+    """What a later file overrides an earlier one by: mappings merge, other values and other classes replace (as in jsonargparse)."""
 
     def merge(old, new):
-        if isinstance(old, dict) and isinstance(new, dict):
+        if isinstance(old, dict) and isinstance(new, dict) and new.get("class_path") in (None, old.get("class_path")):
             return {**old, **{name: merge(old.get(name), value) for name, value in new.items()}}
         return new
 
