@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from meadef_lightning.data.images import ImageDataset, TensorImages, channel_statistics, collate_batch
-from meadef_lightning.data.loading import EpochShuffle, ResumableLoader
+from meadef_lightning.data.loading import EpochShuffle, ResumableLoader, batches_done
 from meadef_lightning.data.splits import SHARES, Split, split_indices
 
 _READ_BATCH = 512
@@ -268,11 +268,7 @@ class SplitDataModule(LightningDataModule, ABC):
 
     def _position(self) -> int:
         """Batches of the running epoch that are done; 0 between epochs."""
-        if self.trainer is None:
-            return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        done: int = progress.current.processed  # type: ignore[attr-defined]  # Lightning declares a base class
-        return 0 if progress.is_last_batch and done == progress.current.ready else done
+        return batches_done(self.trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:

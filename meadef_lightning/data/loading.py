@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, RandomSampler
 from typing_extensions import override
 
@@ -65,6 +66,15 @@ class EpochShuffle(RandomSampler):
         order = epoch_order(self.num_samples, self.seed, self.epoch)
         self.epoch += 1  # a plain loop, in which nobody calls set_epoch, sees a new order each time
         return iter(order.tolist())
+
+
+def batches_done(trainer: Trainer | None) -> int:
+    """Returns how many batches of a trainer's running epoch are done: 0 between epochs and without a trainer."""
+    if trainer is None:
+        return 0
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    done: int = progress.current.processed  # type: ignore[attr-defined]  # Lightning declares a base class
+    return 0 if progress.is_last_batch and done == progress.current.ready else done
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -12,7 +12,8 @@ from torch import nn
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.images import TensorImages
 from meadef_lightning.extraction import DistillationDataModule, Student
-from meadef_lightning.extraction.distillation import TensorBatches, augmented_views
+from meadef_lightning.extraction.base import TensorBatches
+from meadef_lightning.extraction.distillation import augmented_views
 from meadef_lightning.oracle import BudgetExceededError, HardLabel, Oracle, QueryLedger, TopK, Totals, row_digests
 
 QUIET = {
@@ -240,7 +241,7 @@ def test_summary():
         Oracle(Linear(), HardLabel(), QueryLedger(budget=400)), Noise(), queries=90, augmentation=Jitter(), views=3
     )
     assert attack.query_summary() == {
-        "split": "attacker", "labels": "hard", "queries": 90, "distinct": 90, "views": 3, "augmented": True, "budget": 400,
+        "pool": "AttackerSplit", "labels": "hard", "queries": 90, "distinct": 90, "views": 3, "augmented": True, "budget": 400,
     }  # fmt: skip
     assert (attack.num_classes, attack.image_shape) == (4, (1, 4, 4))
 
@@ -371,9 +372,9 @@ class Reporting(Student):
     """Gathers the answers of both processes, and writes what they had in common."""
 
     def on_train_start(self):
-        train = self.trainer.datamodule._train
+        transfer = self.trainer.datamodule._transfer
         spent = torch.tensor(self.trainer.datamodule.queries_spent)
-        gathered = self.all_gather((train.tensors[1], spent))
+        gathered = self.all_gather((transfer.answers, spent))
         assert torch.equal(gathered[0][0], gathered[0][1])
         assert gathered[1].tolist() == [300, 300]
 
@@ -400,15 +401,15 @@ def test_two_processes_ask_once(tmp_path, budget):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size and views must be at least 1, got 0 and 1"),
-        ({"views": 0}, "at least 1, got 128 and 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"views": 0}, "views must be at least 1, got 0"),
         ({"views": 2}, "views=2 asks for augmented copies of each image; give an augmentation"),
         ({"queries": 2, "views": 3, "augmentation": Jitter()}, "queries=2 is less than the 3 of one image"),
         ({"queries": 0}, "queries=0 is less than"),
         ({"validation_fraction": 1.0}, r"validation_fraction must lie in \[0, 1\), got 1.0"),
         (
             {"queries": 301},
-            "needs 301 images, 30 of them for validation, and the attacker split has 300. Raise attacker_size",
+            "needs 301 images, 30 of them for validation, and the pool has 300. Raise the pool",
         ),
         ({"queries": 1, "validation_fraction": 0.9}, "needs 1 images, 1 of them for validation"),
     ],

@@ -1,0 +1,130 @@
+"""Thefts that learn from the answers what to ask next: rounds of asking and of training an interim student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from meadef_lightning.data.loading import EpochShuffle
+from meadef_lightning.extraction.base import ExtractionDataModule, TensorBatches, as_is
+from meadef_lightning.extraction.student import Student
+
+
+class RoundsDataModule(ExtractionDataModule):
+    """Base of the thefts in rounds: :meth:`collect` asks, trains an interim student on all answers so far, and asks again.
+
+    Every interim student has the architecture, loss and optimiser of the student that the Trainer trains in the end, and
+    starts from fresh weights. After each round the attack's state is written beside the ledger's file (if it has one), so that an
+    interrupted theft goes on from its last finished round.
+    """
+
+    @property
+    def student(self) -> Student:
+        """The student this data module is to train.
+
+        Raises:
+            MisconfigurationException: If there is no Trainer, or it trains something else.
+        """
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if not isinstance(module, Student):
+            raise MisconfigurationException(
+                f"{type(self).__name__} trains interim students like the one it is attached to, but there is "
+                f"{'no Trainer' if module is None else f'a {type(module).__name__}'}. Run Trainer(...).fit(Student(...), datamodule=...)."
+            )
+        return module
+
+    def interim(self, x: Tensor, answers: Tensor, epochs: int, seed: int) -> Student:
+        """Trains a fresh student on answers.
+
+        Args:
+            x: Queries, ``(N, C, H, W)`` on the CPU.
+            answers: The victim's answers to them.
+            epochs: Passes over them.
+            seed: Seed of its weights and of the order.
+
+        Returns:
+            The trained student in eval mode, on the Trainer's device.
+        """
+        outer = cast("Trainer", self.trainer)
+        device = outer.strategy.root_device
+        rows = TensorBatches(x, answers)
+        loader = DataLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=EpochShuffle(rows, seed),
+            collate_fn=as_is,
+            drop_last=len(rows) > self.batch_size,
+            generator=torch.Generator(),
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            student = fresh_copy(self.student)
+            student.build_network(self.num_classes, self.image_shape[0])
+            trainer = Trainer(
+                accelerator=device.type,
+                devices=1 if device.index is None else [device.index],
+                precision=cast("Any", outer.precision),
+                max_epochs=epochs,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(student, train_dataloaders=loader)
+        return student.to(device).eval()
+
+    def save_round(self, state: dict[str, Any]) -> None:
+        """Keeps the state of a finished round, atomically, beside the ledger's file; without one nothing is kept.
+
+        Args:
+            state: Tensors and numbers; readable with ``weights_only=True``.
+        """
+        path = self._rounds_file
+        if path is not None:
+            new = path.with_name(f".{path.name}.new")
+            torch.save({"victim": self.oracle.fingerprint(), "attack": self._identity(), "state": state}, new)
+            new.replace(path)
+
+    def load_round(self) -> dict[str, Any] | None:
+        """Returns the state of the last finished round of this very attack, or ``None``."""
+        path = self._rounds_file
+        if path is None or not path.exists():
+            return None
+        content = torch.load(path, weights_only=True)
+        if content["victim"] != self.oracle.fingerprint() or content["attack"] != self._identity():
+            return None
+        return cast("dict[str, Any]", content["state"])
+
+    @property
+    def _rounds_file(self) -> Path | None:
+        path = self.oracle.ledger.path
+        return None if path is None else path.with_suffix(".rounds.pt")
+
+    def _identity(self) -> str:
+        """The attack and its plain settings: a state of other settings is not continued."""
+        values = sorted((k, v) for k, v in vars(self).items() if isinstance(v, (int, float, str, bool, tuple)))
+        return f"{type(self).__qualname__} {[item for item in values if not item[0].startswith('_')]}"
+
+
+def fresh_copy(student: Student) -> Student:
+    """Copies a student that is attached to a Trainer, without the Trainer."""
+    with _detached(student):
+        return deepcopy(student)
+
+
+@contextmanager
+def _detached(student: Student) -> Iterator[None]:
+    trainer, student._trainer = student._trainer, None
+    try:
+        yield
+    finally:
+        student._trainer = trainer
