@@ -18,7 +18,8 @@ from meadef_lightning.experiment.artifacts import make_directory, write_json_ato
 from meadef_lightning.experiment.gallery import verdict_figure
 from meadef_lightning.experiment.render import format_p
 from meadef_lightning.experiment.spec import VerificationSpec
-from meadef_lightning.experiment.stages import MODEL, quiet, read_weights
+from meadef_lightning.experiment.stages import MODEL, read_weights
+from meadef_lightning.quiet import quiet
 from meadef_lightning.verification import Verdict, verify
 from meadef_lightning.victims.classifier import Classifier
 from meadef_lightning.watermark import WatermarkKey

@@ -33,9 +33,9 @@ from meadef_lightning.experiment.stages import (
     derived_seed,
     extraction_stage,
     load_weights,
-    quiet,
     train_stage,
 )
+from meadef_lightning.quiet import quiet
 from meadef_lightning.verification import Fidelity, Responses, verify
 from meadef_lightning.victims.classifier import Classifier
 from meadef_lightning.watermark import WatermarkKey

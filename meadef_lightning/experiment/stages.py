@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
-import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from meadef_lightning.experiment.artifacts import (
 )
 from meadef_lightning.experiment.spec import AttackSpec, TrainerOptions
 from meadef_lightning.oracle import Oracle, QueryLedger
+from meadef_lightning.quiet import quiet
 from meadef_lightning.victims.classifier import Classifier
 
 MODEL = Path("checkpoints") / "model.ckpt"
@@ -63,28 +61,6 @@ class EpochSeed(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seeds the epoch, on each process differently."""
         torch.manual_seed(derived_seed(self.seed, f"epoch {trainer.current_epoch}", f"rank {trainer.global_rank}"))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps out of the terminal what Lightning says at every start of a Trainer, and advice that does not apply to short runs."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for message in (
-            "The '.*_dataloader' does not have many workers",
-            "The number of training batches .* is smaller than the logging interval",
-            "Checkpoint directory .* exists and is not empty",
-            "Experiment logs directory .* exists and is not empty",
-            r".*isinstance\(treespec, LeafSpec\)",
-            "Trainer already configured with model summary callbacks",
-        ):
-            warnings.filterwarnings("ignore", message=message)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
 
 
 def join_metrics(logs: Path) -> str:

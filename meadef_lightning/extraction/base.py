@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.progress import Progress
@@ -18,6 +19,7 @@ from typing_extensions import override
 
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.loading import EpochShuffle, ResumableLoader, batches_done
+from meadef_lightning.extraction.pools import AttackerSplit, Pool
 from meadef_lightning.oracle import Oracle, row_digests
 
 
@@ -49,27 +51,47 @@ class TensorBatches(Dataset[tuple[Tensor, ...]]):
 
     Args:
         tensors: Tensors with the same number of rows.
+        rows: Which of their rows to serve, int64 ``(M,)``, in any order and any number of times, without copying the tensors;
+            all by default.
 
     Raises:
         ValueError: If the numbers of rows differ.
     """
 
-    def __init__(self, *tensors: Tensor) -> None:
+    def __init__(self, *tensors: Tensor, rows: Tensor | None = None) -> None:
         if len({len(tensor) for tensor in tensors}) != 1:
             raise ValueError(f"All tensors need the same number of rows, got {[len(tensor) for tensor in tensors]}.")
         self.tensors = tensors
+        self.rows = torch.arange(len(tensors[0])) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self.tensors[0])
+        return len(self.rows)
 
     @override
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return tuple(tensor[index] for tensor in self.tensors)
+        return tuple(tensor[self.rows[index]] for tensor in self.tensors)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
         """The rows with these indices of each tensor, as one batch."""
-        rows = torch.as_tensor(indices)
+        rows = self.rows[torch.as_tensor(indices)]
         return tuple(tensor[rows] for tensor in self.tensors)
+
+
+def require_classes(oracle: Oracle, attack: str) -> None:
+    """Refuses an oracle that answers with an encoder's features, for an attack that needs classes.
+
+    Args:
+        oracle: The oracle.
+        attack: Name of the attack, for the message.
+
+    Raises:
+        MisconfigurationException: If the oracle answers with features.
+    """
+    if oracle.labels == "feature":
+        raise MisconfigurationException(
+            f"{attack} needs to know the victim's class of an input, but this oracle answers with an encoder's features. Ask a "
+            "classifier, or use an attack on encoders."
+        )
 
 
 def as_is(batch: Any) -> Any:
@@ -93,6 +115,7 @@ class ExtractionDataModule(LightningDataModule, ABC):
             (`meadef_lightning.data.augmentation.RandomShiftFlip`); torchvision's transforms draw once per batch.
         validation_fraction: Share of the queries held out, in ``[0, 1)``; with 0 there is no validation.
         seed: Seed of everything the attack draws, and of the training order.
+        pool: Where the images come from; the data's attacker split by default.
 
     Raises:
         ValueError: If a number is out of range.
@@ -106,6 +129,7 @@ class ExtractionDataModule(LightningDataModule, ABC):
         augmentation: nn.Module | None = None,
         validation_fraction: float = 0.1,
         seed: int = 0,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -118,6 +142,7 @@ class ExtractionDataModule(LightningDataModule, ABC):
         self.augmentation = augmentation
         self.validation_fraction = validation_fraction
         self.seed = seed
+        self.pool = AttackerSplit() if pool is None else pool
         self._transfer: TransferSet | None = None
         self._spent = 0
         self._done = 0
@@ -125,6 +150,17 @@ class ExtractionDataModule(LightningDataModule, ABC):
     @abstractmethod
     def collect(self) -> TransferSet:
         """Chooses the queries and asks them (:meth:`ask`). Runs once, on one process, before the student's training."""
+
+    def epoch_rows(self, transfer: TransferSet) -> Tensor:
+        """Which rows of the transfer set an epoch of training is made of.
+
+        Args:
+            transfer: The transfer set.
+
+        Returns:
+            Row numbers, int64 ``(M,)``: all that are not held out, once, unless an attack repeats or leaves out some.
+        """
+        return (~transfer.held_out).nonzero().flatten()
 
     @property
     def num_classes(self) -> int:
@@ -166,7 +202,8 @@ class ExtractionDataModule(LightningDataModule, ABC):
                 f"All {len(transfer.x)} queries are held out for validation; raise the number of queries, or lower validation_fraction."
             )
         self._spent = len(set(row_digests(transfer.x)))
-        self._transfer = transfer
+        # another data set's classes would be no truth about the victim's
+        self._transfer = transfer if self.pool.in_domain else replace(transfer, y=None)
         rank_zero_info(
             f"{len(transfer.x)} queries, {self._spent} of them distinct, were answered ({self.oracle.labels})."
         )
@@ -190,7 +227,7 @@ class ExtractionDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> ResumableLoader:
         """Queries with their answers, shuffled anew in each epoch."""
         transfer = self._ready()
-        train = TensorBatches(transfer.x[~transfer.held_out], transfer.answers[~transfer.held_out])
+        train = TensorBatches(transfer.x, transfer.answers, rows=self.epoch_rows(transfer))
         loader = ResumableLoader(
             train,
             batch_size=self.batch_size,
@@ -265,8 +302,9 @@ class ExtractionDataModule(LightningDataModule, ABC):
         self._done = state_dict["batches"]
 
     def query_summary(self) -> dict[str, Any]:
-        """What was asked, in primitive values for a report: kind of answers, queries, distinct ones, budget."""
+        """What was asked, in primitive values for a report: pool, kind of answers, queries, distinct ones, budget."""
         return {
+            "pool": self.pool.name,
             "labels": self.oracle.labels,
             "queries": 0 if self._transfer is None else len(self._transfer.x),
             "distinct": self._spent,

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.extraction.base import ExtractionDataModule, TransferSet
-from meadef_lightning.extraction.pools import AttackerSplit, Pool
+from meadef_lightning.extraction.pools import Pool
 from meadef_lightning.oracle import Oracle
 
 
@@ -92,7 +92,7 @@ class DistillationDataModule(ExtractionDataModule):
         seed: int = 0,
         pool: Pool | None = None,
     ) -> None:
-        super().__init__(oracle, data, batch_size, augmentation, validation_fraction, seed)
+        super().__init__(oracle, data, batch_size, augmentation, validation_fraction, seed, pool)
         if views < 1:
             raise ValueError(f"views must be at least 1, got {views}.")
         if views > 1 and augmentation is None:
@@ -103,7 +103,6 @@ class DistillationDataModule(ExtractionDataModule):
             raise ValueError(f"queries={queries} is less than the {views} of one image; raise it, or lower views.")
         self.queries = queries
         self.views = views
-        self.pool = AttackerSplit() if pool is None else pool
 
     @override
     def collect(self) -> TransferSet:
@@ -136,4 +135,4 @@ class DistillationDataModule(ExtractionDataModule):
     @override
     def query_summary(self) -> dict[str, Any]:
         """What was asked, in primitive values for a report; see `ExtractionDataModule.query_summary`."""
-        return {**super().query_summary(), "pool": self.pool.name, "views": self.views}
+        return {**super().query_summary(), "views": self.views}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from meadef_lightning.data.splits import Split
 
 class Pool(ABC):
     """A source of images in the victim's input space."""
+
+    in_domain: ClassVar[bool] = False
+    """Whether its images and classes are those of the victim's data."""
 
     @property
     def name(self) -> str:
@@ -34,6 +38,8 @@ class Pool(ABC):
 
 class AttackerSplit(Pool):
     """In-domain images that trained neither victim nor verifier: the attacker split of the victim's data."""
+
+    in_domain = True
 
     def images(self, data: SplitDataModule) -> tuple[Tensor, Tensor | None]:
         """Returns the attacker split, in an order of which any prefix is class-balanced."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from meadef_lightning.data.loading import EpochShuffle
 from meadef_lightning.extraction.base import ExtractionDataModule, TensorBatches, as_is
 from meadef_lightning.extraction.student import Student
+from meadef_lightning.quiet import quiet
 
 
 class RoundsDataModule(ExtractionDataModule):
@@ -65,7 +67,7 @@ class RoundsDataModule(ExtractionDataModule):
             drop_last=len(rows) > self.batch_size,
             generator=torch.Generator(),
         )
-        with torch.random.fork_rng():
+        with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
             student = fresh_copy(self.student)
             student.build_network(self.num_classes, self.image_shape[0])
@@ -78,9 +80,14 @@ class RoundsDataModule(ExtractionDataModule):
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
+                limit_val_batches=0,
             )
             trainer.fit(student, train_dataloaders=loader)
-        return student.to(device).eval()
+        return student.to(device, torch.float32).eval()  # whatever precision the Trainer left its weights in
+
+    def round_seed(self, number: int) -> int:
+        """A seed for what the attack draws in one round: different for each, the same after a restart, in ``[0, 2³²)``."""
+        return zlib.crc32(f"{self.seed}/{number}".encode())
 
     def save_round(self, state: dict[str, Any]) -> None:
         """Keeps the state of a finished round, atomically, beside the ledger's file; without one nothing is kept.
@@ -112,7 +119,7 @@ class RoundsDataModule(ExtractionDataModule):
     def _identity(self) -> str:
         """The attack and its plain settings: a state of other settings is not continued."""
         values = sorted((k, v) for k, v in vars(self).items() if isinstance(v, (int, float, str, bool, tuple)))
-        return f"{type(self).__qualname__} {[item for item in values if not item[0].startswith('_')]}"
+        return f"{type(self).__qualname__} {self.pool.name} {[item for item in values if not item[0].startswith('_')]}"
 
 
 def fresh_copy(student: Student) -> Student:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -25,6 +25,9 @@ from meadef_lightning.watermark.combiners import Combiner
 from meadef_lightning.watermark.key import WatermarkKey
 from meadef_lightning.watermark.losses import combination_loss, evasion_loss, verification_loss
 from meadef_lightning.watermark.pool import SourcePool
+
+BatchNormMode = Literal["frozen", "running", "batch"]
+"""What BatchNorm layers do while a watermark is embedded; see :class:`WatermarkObjective`."""
 
 
 @contextmanager
@@ -71,10 +74,11 @@ class WatermarkObjective:
         balancing: How the terms are weighed.
         temperature: Temperature of ``L_com``.
         detach_sources: Whether ``L_com`` moves only the outputs on watermark samples.
-        freeze_batchnorm: Whether BatchNorm layers use their running statistics on the extra samples. With ``True`` these
-            samples are learnt under the very normalisation that they will be verified under, and leave the statistics
-            alone. With ``False`` they are normalised among themselves, as in the reference training: on digits the victim learnt
-            them as well (99 %), but as something apart, and no thief did (0 %).
+        batchnorm: With ``"batch"`` the extra samples are normalised among themselves, as in the reference training: on digits the
+            victim learnt them (99 %), but as something apart, and no thief did (0 %). Otherwise BatchNorm layers use their
+            running statistics on the extra samples, and leave them alone: these samples are learnt under the very normalisation
+            that they will be verified under. ``"frozen"`` asks the caller to keep BatchNorm so in the task's forward, too
+            (:func:`frozen_batchnorm` around the step), which the callback does.
         buffer_size: Source samples kept per class.
         pool: The owner's own source samples; batches are then not looked at.
         rank: Added to the key's seed, so that processes draw different samples.
@@ -87,13 +91,15 @@ class WatermarkObjective:
         balancing: Balancing | None = None,
         temperature: float = 1.0,
         detach_sources: bool = True,
-        freeze_batchnorm: bool = True,
+        batchnorm: BatchNormMode = "running",
         buffer_size: int = 128,
         pool: SourcePool | None = None,
         rank: int = 0,
     ) -> None:
         if samples < 1:
             raise ValueError(f"samples={samples} must be at least 1 watermark sample per step.")
+        if batchnorm not in get_args(BatchNormMode):
+            raise ValueError(f"batchnorm={batchnorm!r} must be one of {get_args(BatchNormMode)}.")
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} must be positive.")
         if pool is not None and set(pool.classes) != set(key.source_classes):
@@ -101,7 +107,7 @@ class WatermarkObjective:
         self.key = key
         self.samples = samples
         self.balancing = Fixed() if balancing is None else deepcopy(balancing)  # its state belongs to this training
-        self.temperature, self.detach_sources, self.freeze_batchnorm = temperature, detach_sources, freeze_batchnorm
+        self.temperature, self.detach_sources, self.batchnorm = temperature, detach_sources, batchnorm
         self.pool = SourcePool(key.source_classes, buffer_size) if pool is None else pool
         self.steps = 0
         self._combiner = key.combiner.build()
@@ -207,7 +213,7 @@ class WatermarkObjective:
             ValueError: If the outputs are not logits over the key's classes.
         """
         names, groups = list(self._groups), list(self._groups.values())
-        with frozen_batchnorm(module) if self.freeze_batchnorm else nullcontext():
+        with nullcontext() if self.batchnorm == "batch" else frozen_batchnorm(module):
             logits = forward(torch.cat(groups))
         expected = (sum(map(len, groups)), self.key.num_classes)
         if not isinstance(logits, Tensor) or logits.shape != expected:

@@ -73,6 +73,10 @@ class Schedule:
             shares.append((trainer.current_epoch + inside) / trainer.max_epochs)
         return max(shares)
 
+    def begun(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Returns whether the window has opened before this batch."""
+        return self.progress(trainer, batch_idx) >= self.start
+
     def over(self, trainer: Trainer, batch_idx: int) -> bool:
         """Returns whether the window has closed before this batch."""
         return self.progress(trainer, batch_idx) >= self.stop

@@ -245,7 +245,7 @@ def test_batchnorm_in_training_mode_on_the_extra_samples():
 
     module, twin = make(UserModule), make(Unfrozen)
     with recorded_draws() as draws:
-        fit(module, [callback(freeze_batchnorm=False, balancing=Fixed(1.0, 0.0, 0.0))])
+        fit(module, [callback(batchnorm="batch", balancing=Fixed(1.0, 0.0, 0.0))])
     twin.plan = dict(enumerate(draws))
     fit(twin)
     assert_same(module, twin)

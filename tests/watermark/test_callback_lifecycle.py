@@ -327,9 +327,9 @@ def test_pytorch_lightning_accepts_the_callback():
 
 def test_the_key_can_be_a_file(tmp_path):
     module = make(UserModule)
-    fit(module, [WatermarkCallback(str(KEY.save(tmp_path / "key.json")), start=0.0, samples=4)])
+    fit(module, [WatermarkCallback(str(KEY.save(tmp_path / "key.json")), start=0.0, samples=4, batchnorm="running")])
     other = make(UserModule)
-    fit(other, [WatermarkCallback(KEY, start=0.0, samples=4)])
+    fit(other, [WatermarkCallback(KEY, start=0.0, samples=4, batchnorm="running")])
     assert_same(module, other)
 
 

@@ -139,7 +139,9 @@ def test_a_space_of_one_way_has_no_false_positive_rate():
 
     blend = CombinerSpec("meadef_lightning.watermark.combiners.PixelBlend")
     key = WatermarkKey((1, 3), 4, CLASSES, combiner=blend, space=(blend,))
-    trainer = Trainer(max_epochs=1, callbacks=[WatermarkCallback(key, start=0.0, samples=4)], **SILENT)
+    trainer = Trainer(
+        max_epochs=1, callbacks=[WatermarkCallback(key, start=0.0, samples=4, batchnorm="running")], **SILENT
+    )
     trainer.fit(make(Validated), loader(), validation_loader())
     assert "watermark/wsr" in trainer.callback_metrics
     assert "watermark/wfpr" not in trainer.callback_metrics

@@ -281,7 +281,7 @@ def test_frozen_batchnorm_restores_what_was_even_after_an_error():
 @pytest.mark.parametrize("freeze", [True, False])
 def test_the_objective_freezes_batchnorm_as_told(freeze):
     net = network(batchnorm=True).train()
-    objective = ready(freeze_batchnorm=freeze)
+    objective = ready(batchnorm="running" if freeze else "batch")
     objective.draw()
     before = statistics(net)
     assert int(before["1.num_batches_tracked"]) == 0

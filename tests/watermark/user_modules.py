@@ -198,7 +198,9 @@ def make(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def callback(**options: Any) -> WatermarkCallback:
-    return WatermarkCallback(KEY, **{"start": 0.0, "samples": 4, "balancing": ALL_TERMS, **options})
+    return WatermarkCallback(
+        KEY, **{"start": 0.0, "samples": 4, "balancing": ALL_TERMS, "batchnorm": "running", **options}
+    )
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
