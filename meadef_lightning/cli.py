@@ -18,6 +18,7 @@ the whole story
   demo       run the embedded experiment on handwritten digits: watermark, steal, judge (minutes, no download)
   run        run an experiment YAML, or what is left of it: meadef run experiments/fashion_mnist/supervised.yaml
   verify     judge one suspect model with a watermark key
+  serve      put a model behind HTTP, with API keys, budgets and a policy; HTTPOracle(URL) asks it
 
 single trainings (LightningCLI)
   fit        train any LightningModule; add the watermark with -c experiments/overlays/watermark.yaml
@@ -101,10 +102,17 @@ def _verify(arguments: list[str]) -> None:
     judge_suspect(verify_parser(prog="meadef verify").parse_args(arguments))
 
 
+def _serve(arguments: list[str]) -> None:
+    from meadef_lightning.experiment.serve import serve, serve_parser
+
+    serve(serve_parser(prog="meadef serve").parse_args(arguments))
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "run": _run,
     "verify": _verify,
+    "serve": _serve,
 }
 
 
@@ -136,9 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from meadef_lightning.oracle import BudgetExceededError, LedgerError
+
     try:
         handler(passed)
-    except (MisconfigurationException, ValueError, OSError) as error:
+    except (MisconfigurationException, BudgetExceededError, LedgerError, ValueError, OSError) as error:
         if os.environ.get("MEADEF_DEBUG"):
             raise
         sys.exit(f"meadef {command}: {error}")

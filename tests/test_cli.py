@@ -1,8 +1,11 @@
 """The commands, as a user types them."""
 
 import json
+import re
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +55,7 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out.startswith("meadef ")
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "verify", "fit"])
+@pytest.mark.parametrize("command", ["run", "demo", "verify", "serve", "fit"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -91,7 +94,7 @@ def test_console_script_is_installed():
 
 def test_overlay_adds_the_watermark_to_somebodys_configuration(tmp_path, monkeypatch, key_file):
     monkeypatch.chdir(tmp_path)
-    overlay = str(__import__("pathlib").Path(__file__).parents[1] / "experiments" / "overlays" / "watermark.yaml")
+    overlay = str(Path(__file__).parents[1] / "experiments" / "overlays" / "watermark.yaml")
     base = {
         "model": {"class_path": f"{__name__}.Theirs"},
         "data": {"class_path": "DigitsDataModule"},
@@ -204,6 +207,92 @@ def test_verify_mistakes(tmp_path, key_file, capsys):
     message = fails([*base, "--key", key_file, "--suspect", str(tmp_path / "bare.ckpt")], capsys)
     assert "no config.yaml beside" in message
     assert "--model" in message
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch, capfd):
+    """Runs ``meadef serve`` on a free port, in a thread; gives its URL, and what it says."""
+    from meadef_lightning.oracle import server
+
+    running, started = [], threading.Event()
+    make = server.server
+
+    def noted(app):
+        running.append((make(app), threading.current_thread()))
+        started.set()
+        return running[-1][0]
+
+    monkeypatch.setattr(server, "server", noted)
+
+    def start(suspect, *more):
+        arguments = ["serve", "--checkpoint", str(suspect), "--data", "DigitsDataModule", "--port", "0", *more]
+        threading.Thread(target=main, args=(arguments,), daemon=True).start()
+        assert started.wait(30)
+        text = capfd.readouterr().out
+        return re.search(r"http://127.0.0.1:\d+", text)[0], text
+
+    yield start
+    for server_, thread in running:
+        server_.should_exit = True
+        thread.join(10)
+
+
+def test_serve_a_stage_directory(tmp_path, serve, monkeypatch):
+    from meadef_lightning.oracle import HTTPOracle, Oracle, QueryLedger, ServerBudgetExceededError, TopK
+
+    monkeypatch.delenv("MEADEF_API_KEYS", raising=False)
+    folder, model = checkpoint(tmp_path)
+    output = tmp_path / "served"
+    url, text = serve(
+        folder, "--policy", "TopK", "--policy.k", "3", "--limits.budget", "40", "--limits.rows_per_request", "25",
+        "--output", str(output),
+    )  # fmt: skip
+    keys = output / "api-keys.txt"  # made, since there was none
+    assert keys.stat().st_mode & 0o077 == 0
+    name, _, key = keys.read_text().strip().partition(":")
+    assert key not in text
+    assert "Serving topk answers" in text
+    x, _ = DigitsDataModule().tensors("test")
+    oracle = HTTPOracle(url, key, retries=0)
+    answers = oracle.query(x[:30])
+    torch.testing.assert_close(answers, Oracle(model, TopK(3), batch_size=25).query(x[:30]))
+    with pytest.raises(ServerBudgetExceededError, match="30 are spent, 20 new ones were asked, 10 are left"):
+        oracle.query(x[:50])
+    with pytest.raises(OSError, match="normalise the images"):
+        oracle.query(x[:1] * 255)
+    assert QueryLedger(output / f"{name}.sqlite").totals().distinct == 30
+
+
+def test_a_served_suspect_is_judged(tmp_path, serve, key_file, monkeypatch):
+    folder, _ = checkpoint(tmp_path)
+    monkeypatch.setenv("MEADEF_API_KEYS", "judge:a-test-key-0123456789")
+    monkeypatch.setenv("MEADEF_API_KEY", "a-test-key-0123456789")
+    url, _ = serve(folder, "--output", str(tmp_path / "served"))
+    local = verify(tmp_path / "local", key_file, folder)
+    assert verify(tmp_path / "remote", key_file, url) == local
+
+
+def test_serve_mistakes(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MEADEF_API_KEYS", raising=False)
+    folder, _ = checkpoint(tmp_path)
+    base = ["serve", "--checkpoint", str(folder), "--data", "DigitsDataModule", "--output", str(tmp_path / "served")]
+    keys = tmp_path / "keys.txt"
+    assert "Cannot read the API keys" in fails([*base, "--api_keys", str(keys)], capsys)
+    keys.write_text("alice:tooshort")
+    message = fails([*base, "--api_keys", str(keys)], capsys)
+    assert "16 to 512 visible" in message
+    assert "tooshort" not in message
+    monkeypatch.setenv("MEADEF_API_KEYS", "tooshort")
+    assert "the environment variable MEADEF_API_KEYS is not of the form NAME:KEY" in fails(base, capsys)
+    monkeypatch.setenv("MEADEF_API_KEYS", "alice:a-test-key-0123456789")
+    from meadef_lightning.oracle import Oracle, QueryLedger, Soft
+
+    ledger = QueryLedger(tmp_path / "served" / "alice.sqlite")
+    Oracle(DigitsCNN(10, 1), Soft(), ledger).query(torch.zeros(1, 1, 16, 16))
+    assert "answers of another victim or policy" in fails(base, capsys)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "meadef_lightning.oracle.server", raising=False)
+    assert 'pip install "meadef-lightning[serve]"' in fails(base, capsys)
 
 
 def test_a_users_error_has_no_traceback_unless_asked_for(monkeypatch):

@@ -19,6 +19,7 @@ from meadef_lightning.experiment.gallery import verdict_figure
 from meadef_lightning.experiment.render import format_p
 from meadef_lightning.experiment.spec import VerificationSpec
 from meadef_lightning.experiment.stages import MODEL, read_weights
+from meadef_lightning.oracle import HTTPOracle, QueryLedger
 from meadef_lightning.quiet import quiet
 from meadef_lightning.verification import Verdict, verify
 from meadef_lightning.victims.classifier import Classifier
@@ -45,7 +46,8 @@ def verify_parser(**kwargs: Any) -> ArgumentParser:
         type=str,
         required=True,
         help="A stage directory of `meadef run`, a Lightning checkpoint or state dict (weights are read without unpickling code), "
-        "or a TorchScript file (*.torchscript, *.ts).",
+        "a TorchScript file (*.torchscript, *.ts), or the URL of a server started by `meadef serve` (the key is read from MEADEF_API_KEY; "
+        "answers are kept in the output directory, so that nothing is asked twice).",
     )
     parser.add_argument(
         "--model",
@@ -155,7 +157,11 @@ def judge_suspect(options: Namespace) -> Verdict:
             f"The key is for {key.num_classes} classes, the data has {data.num_classes}. Use the data the key was made for."
         )
     model = Path(options.model) if options.model else None
-    suspect = load_suspect(Path(options.suspect), model, data)
+    suspect: nn.Module | HTTPOracle
+    if options.suspect.startswith(("http://", "https://")):
+        suspect = HTTPOracle(options.suspect, ledger=QueryLedger(output / "queries.sqlite"))
+    else:
+        suspect = load_suspect(Path(options.suspect), model, data)
     settings = asdict(VerificationSpec(**options.verification.as_dict()))
     with quiet():
         reference = None

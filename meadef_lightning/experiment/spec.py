@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.experiment.artifacts import config_hash
 from meadef_lightning.extraction import DistillationDataModule, Student
-from meadef_lightning.oracle import Oracle, Policy
+from meadef_lightning.oracle import BlackBox, Policy
 from meadef_lightning.victims.supervised import SupervisedVictim
 from meadef_lightning.watermark import WatermarkCallback, WatermarkKey
 
@@ -108,14 +108,17 @@ class AttackSpec:
         policy: What the API answers; ``None`` for soft labels.
         queries: The attack: makes the thief's data from the oracle and the data splits.
         budget: Most distinct inputs the oracle answers; ``None`` for no limit.
+        budgets: Numbers of queries for a curve: the theft is run once for each, as ``NAME-1000`` and so on, with that number as
+            the ``queries`` argument of its data module.
         trainer: Arguments of the Trainer.
     """
 
     name: str
     student: Student
     policy: Policy | None = None
-    queries: Callable[[Oracle, SplitDataModule], LightningDataModule] = DistillationDataModule
+    queries: Callable[[BlackBox, SplitDataModule], LightningDataModule] = DistillationDataModule
     budget: int | None = None
+    budgets: list[int] = field(default_factory=list)
     trainer: TrainerOptions = field(default_factory=lambda: {"max_epochs": 20})
 
 
@@ -204,6 +207,7 @@ class Experiment:
     def __init__(self, parser: ArgumentParser, config: Namespace) -> None:
         self._parser, self._config = parser, config.clone()
         self._config.pop("config", None)
+        self._config.extraction = [cell for attack in self._config.extraction for cell in _cells(attack)]
         spec = self.build()
         names = [attack.name for attack in spec.extraction] + [control.name for control in spec.independent]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -252,6 +256,24 @@ class Experiment:
     def hash_of(self, *parts: Any) -> str:
         """Returns a digest of configuration parts, for a stage's inputs."""
         return config_hash(parts)
+
+
+def _cells(attack: Namespace) -> list[Namespace]:
+    """The thefts that an attack's ``budgets`` stand for: the attack itself if there are none."""
+    if not attack.budgets:
+        return [attack]
+    cells = []
+    for budget in attack.budgets:
+        cell = attack.clone()
+        if "queries" not in (cell.queries.get("init_args") or {}):
+            raise MisconfigurationException(
+                f"The attack {attack.name!r} has budgets, but {cell.queries.get('class_path')} takes no `queries` argument to set to "
+                "them. List one attack per size instead."
+            )
+        cell.name, cell.budgets = f"{attack.name}-{budget}", []
+        cell.queries.init_args.queries = budget
+        cells.append(cell)
+    return cells
 
 
 def load_experiment(files: list[str | Path], overrides: list[str] | None = None) -> Experiment:

@@ -10,7 +10,7 @@ from meadef_lightning.extraction.distillation import DistillationDataModule
 from meadef_lightning.extraction.jacobian import JacobianDataModule, TargetedJacobianDataModule
 from meadef_lightning.extraction.knockoff import AdaptiveKnockoffDataModule, KnockoffDataModule
 from meadef_lightning.extraction.maze import MAZEStudent
-from meadef_lightning.extraction.pools import AttackerSplit, Noise, OtherData, Pool
+from meadef_lightning.extraction.pools import AttackerSplit, Noise, OtherData, Photographs, Pool
 from meadef_lightning.extraction.rounds import RoundsDataModule
 from meadef_lightning.extraction.student import Student, distillation_loss
 
@@ -29,6 +29,7 @@ __all__ = [
     "MAZEStudent",
     "Noise",
     "OtherData",
+    "Photographs",
     "Pool",
     "RoundsDataModule",
     "Student",

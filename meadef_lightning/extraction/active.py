@@ -43,7 +43,7 @@ from meadef_lightning.extraction.base import TransferSet, require_classes
 from meadef_lightning.extraction.pools import Pool
 from meadef_lightning.extraction.rounds import RoundsDataModule
 from meadef_lightning.extraction.student import Student
-from meadef_lightning.oracle import Oracle, row_digests
+from meadef_lightning.oracle import BlackBox, row_digests
 
 Strategy = Literal["random", "entropy", "kcenter", "dfal", "dfal+kcenter"]
 """How images are picked."""
@@ -164,7 +164,7 @@ class ActiveThiefDataModule(RoundsDataModule):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         queries: int,
         strategy: Strategy = "dfal+kcenter",

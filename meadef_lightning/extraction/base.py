@@ -20,7 +20,7 @@ from typing_extensions import override
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.loading import EpochShuffle, ResumableLoader, batches_done
 from meadef_lightning.extraction.pools import AttackerSplit, Pool
-from meadef_lightning.oracle import Oracle, row_digests
+from meadef_lightning.oracle import BlackBox, row_digests
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TensorBatches(Dataset[tuple[Tensor, ...]]):
         return tuple(tensor[rows] for tensor in self.tensors)
 
 
-def require_classes(oracle: Oracle, attack: str) -> None:
+def require_classes(oracle: BlackBox, attack: str) -> None:
     """Refuses an oracle that answers with an encoder's features, for an attack that needs classes.
 
     Args:
@@ -123,7 +123,7 @@ class ExtractionDataModule(LightningDataModule, ABC):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         batch_size: int = 128,
         augmentation: nn.Module | None = None,

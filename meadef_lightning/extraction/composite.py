@@ -48,7 +48,7 @@ from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.loading import ResumableLoader
 from meadef_lightning.extraction.base import ExtractionDataModule, TransferSet, as_is, held_out_rows
 from meadef_lightning.extraction.pools import Pool
-from meadef_lightning.oracle import Oracle
+from meadef_lightning.oracle import BlackBox
 
 Ratio = Literal["uniform", "grid"]
 
@@ -147,7 +147,7 @@ class CompositeDataModule(ExtractionDataModule):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         blends: int | None = None,
         batch_size: int = 128,

@@ -33,7 +33,7 @@ from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.extraction.base import ExtractionDataModule, TransferSet, held_out_rows, require_classes
 from meadef_lightning.extraction.pools import AttackerSplit, OtherData, Pool
 from meadef_lightning.extraction.student import answer_classes
-from meadef_lightning.oracle import Oracle
+from meadef_lightning.oracle import BlackBox
 
 _NAMED = 10  # classes named in a warning
 
@@ -81,7 +81,7 @@ class CopycatDataModule(ExtractionDataModule):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         pool: Pool,
         queries: int | None = None,

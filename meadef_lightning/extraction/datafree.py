@@ -37,7 +37,7 @@ from typing_extensions import override
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.loading import ResumableLoader
 from meadef_lightning.extraction.base import ExtractionDataModule, TransferSet
-from meadef_lightning.oracle import BudgetExceededError, Oracle, row_digests
+from meadef_lightning.oracle import BlackBox, BudgetExceededError, row_digests
 
 
 def unit_directions(count: int, x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class DataFreeDataModule(ExtractionDataModule):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         batch_size: int = 256,
         iterations_per_epoch: int = 50,

@@ -18,7 +18,7 @@ from typing_extensions import override
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.extraction.base import ExtractionDataModule, TransferSet
 from meadef_lightning.extraction.pools import Pool
-from meadef_lightning.oracle import Oracle
+from meadef_lightning.oracle import BlackBox
 
 
 def augmented_views(x: Tensor, augmentation: nn.Module, views: int, seed: int, batch_size: int) -> Tensor:
@@ -82,7 +82,7 @@ class DistillationDataModule(ExtractionDataModule):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         queries: int | None = None,
         batch_size: int = 128,

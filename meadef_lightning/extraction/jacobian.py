@@ -45,7 +45,7 @@ from meadef_lightning.extraction.base import TransferSet, require_classes
 from meadef_lightning.extraction.pools import Pool, pixel_range
 from meadef_lightning.extraction.rounds import RoundsDataModule
 from meadef_lightning.extraction.student import Student, answer_classes
-from meadef_lightning.oracle import Oracle
+from meadef_lightning.oracle import BlackBox
 
 
 def jacobian_augmentation(
@@ -151,7 +151,7 @@ class JacobianDataModule(RoundsDataModule):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         seeds: int = 100,
         rounds: int = 6,
@@ -266,7 +266,7 @@ class TargetedJacobianDataModule(JacobianDataModule):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         targets: int = 3,
         steps: int = 8,

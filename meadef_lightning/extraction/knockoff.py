@@ -58,7 +58,7 @@ from meadef_lightning.extraction.base import ExtractionDataModule, TransferSet, 
 from meadef_lightning.extraction.pools import Pool
 from meadef_lightning.extraction.rounds import RoundsDataModule
 from meadef_lightning.extraction.student import Student
-from meadef_lightning.oracle import Oracle, row_digests
+from meadef_lightning.oracle import BlackBox, row_digests
 
 
 class KnockoffDataModule(ExtractionDataModule):
@@ -80,7 +80,7 @@ class KnockoffDataModule(ExtractionDataModule):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         queries: int | None = None,
         batch_size: int = 128,
@@ -135,7 +135,7 @@ class AdaptiveKnockoffDataModule(RoundsDataModule):
 
     def __init__(
         self,
-        oracle: Oracle,
+        oracle: BlackBox,
         data: SplitDataModule,
         queries: int,
         batch_size: int = 128,

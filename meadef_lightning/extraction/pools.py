@@ -83,8 +83,41 @@ class OtherData(Pool):
             )
         if list(x.shape[2:]) != size:
             x = transforms.resize(x, size, antialias=True).clamp(0, 1)
-        std = torch.tensor(data.std)
-        return _affine(x, 1 / std, -torch.tensor(data.mean) / std), y
+        return _normalised(x, data), y
+
+
+class Photographs(Pool):
+    """Out-of-domain images that need no download: random square crops of the two photographs that come with scikit-learn.
+
+    Args:
+        size: Number of crops.
+        seed: Seed of their places and sizes.
+
+    Raises:
+        ValueError: If ``size`` is below 1.
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        if size < 1:
+            raise ValueError(f"size={size} must be at least 1.")
+        self.size, self.seed = size, seed
+
+    def images(self, data: SplitDataModule) -> tuple[Tensor, Tensor | None]:
+        """Returns the crops in the victim's input space, without classes."""
+        from sklearn.datasets import load_sample_images
+
+        photographs = [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+        channels, height, width = data.image_shape
+        generator = torch.Generator().manual_seed(self.seed)
+        crops = []
+        for i, (scale, top, left) in enumerate(torch.rand((self.size, 3), generator=generator).tolist()):
+            photograph = photographs[i % len(photographs)]
+            _, rows, columns = photograph.shape
+            side = min(rows, columns, round(max(height, width) * (1 + 3 * scale)))
+            box = (round(top * (rows - side)), round(left * (columns - side)), side, side)
+            crops.append(transforms.resized_crop(photograph, *box, [height, width], antialias=True))
+        x = torch.stack(crops).clamp(0, 1)
+        return _normalised(x if channels == 3 else x.mean(1, keepdim=True).expand(-1, channels, -1, -1), data), None
 
 
 class Noise(Pool):
@@ -107,14 +140,18 @@ class Noise(Pool):
         """Returns the noise, uniform over the range of pixels, without classes."""
         generator = torch.Generator().manual_seed(self.seed)
         x = torch.rand((self.size, *data.image_shape), generator=generator, dtype=torch.float32)
-        std = torch.tensor(data.std)
-        return _affine(x, 1 / std, -torch.tensor(data.mean) / std), None
+        return _normalised(x, data), None
 
 
 def pixel_range(data: SplitDataModule) -> tuple[Tensor, Tensor]:
     """Returns what black and white are in the victim's input space: two tensors ``(C, 1, 1)``, to clip queries to."""
     mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (data.mean, data.std))
     return -mean / std, (1 - mean) / std
+
+
+def _normalised(x: Tensor, data: SplitDataModule) -> Tensor:
+    std = torch.tensor(data.std)
+    return _affine(x, 1 / std, -torch.tensor(data.mean) / std)
 
 
 def _affine(x: Tensor, scale: Tensor | tuple[float, ...], shift: Tensor | tuple[float, ...]) -> Tensor:

@@ -13,6 +13,7 @@ loses at most the batch it was in. The file is in WAL mode, which needs a local 
 import hashlib
 import json
 import math
+import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,6 +121,12 @@ class QueryLedger:
     def remaining(self) -> int | None:
         """Distinct inputs the budget still allows; None without a budget."""
         return None if self.budget is None else max(0, self.budget - self.distinct)
+
+    @property
+    def identity(self) -> str:
+        """Random name of this ledger, 32 hexadecimal digits. It stays with the file, and tells nothing of what is in it."""
+        with self._storage.writing() as database:
+            return _fact(database, "identity", default=secrets.token_hex(16))
 
     def totals(self) -> Totals:
         """Both counts at one moment."""

@@ -1,20 +1,22 @@
-"""The only door to a victim: answers under a policy, counted and paid for."""
+"""The only door to a victim in this process: answers under a policy, counted and paid for."""
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from meadef_lightning.oracle.ledger import QueryLedger, row_digests
+from meadef_lightning.oracle.base import BlackBox
+from meadef_lightning.oracle.ledger import QueryLedger
 from meadef_lightning.oracle.policies import AnswerKind, Policy, Soft, update_digest
 from meadef_lightning.watermark.batches import Key, pick
 
 
-class Oracle:
-    """A black box around a victim. Attacks and verification see nothing but `query`.
+class Oracle(BlackBox):
+    """A black box around a victim. Attacks and verification see nothing but `BlackBox.query`.
 
     The victim is neither copied nor changed: it answers in eval mode, in full precision and without gradients, and every
     training flag is put back. Inputs go to where the victim lies, answers come back to where the input lay.
@@ -41,60 +43,19 @@ class Oracle:
         device: torch.device | str | None = None,
         output_key: Key | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        super().__init__(ledger, batch_size)
         self.victim = victim if device is None else victim.to(device)
         self.policy = Soft() if policy is None else policy
-        self.ledger = QueryLedger() if ledger is None else ledger
-        self.batch_size = batch_size
         self.output_key = output_key
         self._fingerprint = ""
         self._state: tuple[tuple[int, int], ...] | None = None
 
     @property
+    @override
     def labels(self) -> AnswerKind:
-        """Kind of the answers: ``"soft"``, ``"topk"``, ``"hard"`` or ``"feature"``."""
         return self.policy.kind
 
-    def query(self, x: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
-        """Ask the victim.
-
-        Rows that were asked before, here or earlier, are answered from the ledger. The budget is checked for the whole query
-        before anything is forwarded; then each batch is stored as soon as it is answered, so that a query that is interrupted
-        continues where it stopped when it is asked again.
-
-        Args:
-            x: ``(B, C, H, W)`` floating point, finite, at least one row, in the victim's input space.
-            progress: Called after each batch with the number of rows answered, to drive a progress bar.
-
-        Returns:
-            On the device of ``x``: ``(B, K)`` float32 probabilities, or ``(B,)`` int64 classes for hard labels.
-
-        Raises:
-            ValueError: If ``x`` has another form, or the victim's answers are not ``(B, K)`` and finite.
-            BudgetExceededError: If the budget does not cover the query; nothing of it was forwarded then, unless another process
-                spends from the same ledger at the same time.
-            LedgerError: If the ledger belongs to another victim or policy, or cannot be used.
-        """
-        _check_input(x)
-        self.ledger.bind(self.fingerprint())
-        rows = x.detach().cpu()
-        digests = row_digests(rows)
-        if self.ledger.budget is not None:
-            self.ledger.check(digests)
-        answers = []
-        with _frozen(self.victim):
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
-
-                def forward(indices: list[int], batch: Tensor = batch) -> Tensor:
-                    return self._answer(batch[indices])
-
-                answers.append(self.ledger.settle(digests[start : start + self.batch_size], forward))
-                if progress is not None:
-                    progress(len(batch))
-        return torch.cat(answers).to(x.device)
-
+    @override
     def fingerprint(self) -> str:
         """SHA-256 over the victim's structure and weights, the output key, and the policy, as 64 hexadecimal digits.
 
@@ -111,13 +72,14 @@ class Oracle:
             self._fingerprint, self._state = sha.hexdigest(), state
         return self._fingerprint
 
+    @override
     def _answer(self, x: Tensor) -> Tensor:
         """Forward rows that are new to the ledger, and check what comes back."""
         weights = itertools.chain(self.victim.parameters(), self.victim.buffers())
         like = next((tensor for tensor in weights if tensor.is_floating_point()), x)
         # no_grad and not inference_mode: what a victim caches while it answers must stay usable in its own training.
         # No autocast: an answer must not depend on the precision of the attack that asks.
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        with _frozen(self.victim), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             logits = _logits(self.victim(x.to(like)), self.output_key)
             if logits.ndim != 2 or len(logits) != len(x) or not logits.is_floating_point():
                 raise ValueError(
@@ -138,17 +100,6 @@ class Oracle:
                 "are not finite. A policy must give one finite row per input."
             )
         return answers.to(torch.int64 if hard else torch.float32)
-
-
-def _check_input(x: Tensor) -> None:
-    if x.ndim != 4 or not x.is_floating_point() or x.numel() == 0:
-        raise ValueError(
-            f"A query must be floating point of shape (B, C, H, W) without an empty dimension, got {x.dtype} of shape "
-            f"{tuple(x.shape)}. Use x.unsqueeze(0) for one image, and the victim's normalisation instead of bytes."
-        )
-    broken = len(x) - int(x.isfinite().flatten(1).all(dim=1).sum())
-    if broken:
-        raise ValueError(f"{broken} of {len(x)} queries hold NaN or infinity. Nothing was asked; remove them first.")
 
 
 def _logits(output: object, key: Key | None) -> Tensor:

@@ -10,7 +10,7 @@ from meadef_lightning.data import DigitsDataModule
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.images import TensorImages
 from meadef_lightning.experiment.spec import load_experiment
-from meadef_lightning.extraction import AttackerSplit, DistillationDataModule, Noise, OtherData
+from meadef_lightning.extraction import AttackerSplit, DistillationDataModule, Noise, OtherData, Photographs
 from meadef_lightning.extraction.pools import pixel_range
 from meadef_lightning.oracle import Oracle, Totals
 
@@ -200,3 +200,20 @@ def test_pools_and_attacks_can_be_said_in_an_experiment(tmp_path):
     assert paid == [30, 20, 4]  # composites are asked later
     assert isinstance(queries.pool, Noise)
     assert queries.ratio == "grid"
+
+
+def test_photographs_are_crops_of_real_photographs():
+    data = load_experiment([EXPERIMENT]).build().data
+    x, y = Photographs(40).images(data)
+    low, high = pixel_range(data)
+    assert (x.shape, y) == ((40, *data.image_shape), None)
+    assert (low <= x + 1e-5).all()
+    assert (x - 1e-5 <= high).all()
+    assert torch.equal(x, Photographs(40).images(data)[0])
+    assert not torch.equal(x, Photographs(40, seed=1).images(data)[0])
+    # neighbouring pixels of a photograph are alike, those of noise are not
+    noise = Noise(40).images(data)[0]
+    steps = [float(images.diff(dim=-1).abs().mean() / images.std()) for images in (x, noise)]
+    assert steps[0] < 0.6 * steps[1]
+    with pytest.raises(ValueError, match="size=0 must be at least 1"):
+        Photographs(0)
