@@ -59,7 +59,7 @@ _STYLE: Any = {
 
 
 @contextmanager
-def _house_style() -> Iterator[None]:
+def house_style() -> Iterator[None]:
     """Matplotlib's defaults plus `_STYLE`, whatever the reader's settings, which return afterwards."""
     import matplotlib
 
@@ -69,7 +69,8 @@ def _house_style() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Makes an empty figure of that size in inches; draw on it inside `house_style`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -94,7 +95,7 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = DPI) -> Path:
         dpi: dots an inch.
     """
     png = io.BytesIO()
-    with _house_style():
+    with house_style():
         figure.savefig(png, format="png", dpi=dpi, facecolor="white")
     return write_bytes_atomic(path, png.getvalue())
 
@@ -109,7 +110,7 @@ def _pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> ND
     return np.asarray(np.clip(pictures, 0, 1), dtype=np.float64)
 
 
-@_house_style()
+@house_style()
 def watermark_grid(
     images: Mapping[str, Tensor],
     answers: Mapping[str, Tensor],
@@ -143,7 +144,7 @@ def watermark_grid(
     if len(counts) != 1 or not max(counts):
         raise ValueError(f"all columns must hold equally many samples and answers, at least one, not {sorted(counts)}")
     rows, size = min(max_rows, counts.pop()), 1.25
-    figure = _figure(size * len(images) + 0.4, (size + 0.32) * rows + 0.6)
+    figure = new_figure(size * len(images) + 0.4, (size + 0.32) * rows + 0.6)
     axes = figure.subplots(rows, len(images), squeeze=False)
     figure.suptitle(title, fontsize=10, fontweight="bold")
     for column, name in enumerate(images):
@@ -167,7 +168,7 @@ def watermark_grid(
     return figure
 
 
-@_house_style()
+@house_style()
 def wsr_bars(
     rows: Sequence[SuspectRow], title: str = "Watermark success by suspect", threshold: float = PAPER_THRESHOLD
 ) -> Figure:
@@ -195,7 +196,7 @@ def wsr_bars(
     places = np.arange(len(bars))
     seeds = any(len(bar.members) > 1 for bar in bars)
 
-    figure = _figure(7.2, 1.5 + 0.34 * len(bars))
+    figure = new_figure(7.2, 1.5 + 0.34 * len(bars))
     ax = figure.subplots()
     ax.barh(places, 100 * wsr, height=0.64, color=[KIND_COLOURS[bar.first.kind] for bar in bars])
     whiskers = 100 * np.stack([np.maximum(wsr - low, 0), np.maximum(high - wsr, 0)])
@@ -226,7 +227,7 @@ def wsr_bars(
     return figure
 
 
-@_house_style()
+@house_style()
 def feature_pca(
     groups: Mapping[str, ArrayLike],
     overlay: Collection[str] = ("watermark",),
@@ -256,7 +257,7 @@ def feature_pca(
             f"got { {name: values.shape for name, values in features.items()} }, of which {list(overlay)} do not count"
         )
     pca = PCA(n_components=2, svd_solver="full").fit(np.concatenate(natural))
-    figure = _figure(5.2, 4.2)
+    figure = new_figure(5.2, 4.2)
     ax = figure.subplots()
     looks = iter([(BLUE, "o"), (SKY, "s"), (GREEN, "^"), (ORANGE, "v"), (PURPLE, "P"), (GREY, "d")] * len(features))
     for name, values in features.items():
@@ -294,7 +295,7 @@ def critical_statistic(statistics: NDArray[np.float64], alpha: float) -> float |
     return None if above < 0 else float(np.sort(statistics)[::-1][min(above, len(statistics) - 1)])
 
 
-@_house_style()
+@house_style()
 def decoy_distribution(
     statistics: ArrayLike,
     true_statistic: float,
@@ -327,7 +328,7 @@ def decoy_distribution(
             "true_statistic must be finite, p_value in [0, 1] and alpha in (0, 1), "
             f"not {true_statistic!r}, {p_value!r}, {alpha!r}"
         )
-    figure = _figure(6.4, 3.4)
+    figure = new_figure(6.4, 3.4)
     ax = figure.subplots()
     edges = np.histogram_bin_edges(np.append(decoys, true_statistic), bins=40)
     ax.hist(decoys, list(edges), color=SKY, edgecolor="white", linewidth=0.4, label=f"{len(decoys):,} decoy keys")

@@ -10,6 +10,7 @@ import torch
 
 from meadef_lightning.experiment import figures
 from meadef_lightning.experiment.artifacts import make_directory
+from meadef_lightning.experiment.curves import budget_curves, budget_series
 from meadef_lightning.experiment.render import ReportFigure
 from meadef_lightning.experiment.report import SuspectRow
 from meadef_lightning.verification import Responses, Verdict, decoy_statistics
@@ -78,6 +79,16 @@ def experiment_figures(run: SeedRun, rows: Sequence[SuspectRow], directory: Path
             "Scatter plot of penultimate features on two principal components: sources, target and watermark.",
         ),
     ]
+    series = budget_series(rows)
+    if series:
+        drawn.append(
+            (
+                budget_curves(series),
+                "budget.png",
+                "What a theft gains over the number of queries",
+                "Two panels of lines over the number of queries: the stolen models' accuracy and watermark success rate.",
+            )
+        )
     result = [ReportFigure(figures.save(figure, directory / file), title, alt) for figure, file, title, alt in drawn]
     for row in rows:
         path = run.root / f"verify-{row.base_name}" / "figures" / "decoys.png"
