@@ -66,6 +66,9 @@ class WatermarkCallback(Callback):
             ``"running"``: for the watermark's samples only, which suits a model that is not trained yet; on Fashion-MNIST
             it cost three times as much accuracy, and less survived a theft. ``"batch"``: batch statistics everywhere, as in
             the reference training; nothing survived.
+        tilt: Most probability that natural samples of the source classes give to the target, in ``[0, 1)``: those most that teach
+            a thief's network about the watermark (:mod:`meadef_lightning.watermark.tilt`). This is what survives a theft, and
+            what costs accuracy; 0 leaves natural answers as they are.
         buffer_size: Source samples kept per class (they go into full checkpoints, so that a run resumes bit for bit;
             publish weights only).
         pool: The owner's own source samples, for training without labels.
@@ -91,6 +94,7 @@ class WatermarkCallback(Callback):
         temperature: float = 1.0,
         detach_sources: bool = True,
         batchnorm: BatchNormMode = "frozen",
+        tilt: float = 0.25,
         buffer_size: int = 128,
         pool: SourcePool | None = None,
         input_key: Key = 0,
@@ -109,6 +113,7 @@ class WatermarkCallback(Callback):
             "temperature": temperature,
             "detach_sources": detach_sources,
             "batchnorm": batchnorm,
+            "tilt": tilt,
             "buffer_size": buffer_size,
             "pool": pool,
         }
@@ -267,6 +272,7 @@ class WatermarkCallback(Callback):
                         "to one shape, or give a pool of source samples."
                     )
                 with _refusing("this key on these samples"):
+                    self.objective.refresh(module, lambda x: self._forward(module, x))
                     self.objective.draw()
                 self._due = True
 

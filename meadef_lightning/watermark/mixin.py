@@ -94,6 +94,7 @@ class WatermarkLossMixin(LightningModule):
                 decide = self.trainer.strategy.reduce_boolean_decision
                 self._watermark_ready = decide(self.watermark.ready, all=True)
             if self._watermark_ready:
+                self.watermark.refresh(self, forward or self)
                 self.watermark.draw()
         return self.watermark.terms(self, forward or self) if self._watermark_ready else {}
 

@@ -25,6 +25,10 @@ from meadef_lightning.watermark.combiners import Combiner
 from meadef_lightning.watermark.key import WatermarkKey
 from meadef_lightning.watermark.losses import combination_loss, evasion_loss, verification_loss
 from meadef_lightning.watermark.pool import SourcePool
+from meadef_lightning.watermark.tilt import evaluating, influence, penultimate_features, target_mass, tilt_loss
+
+REFRESH = 50
+"""Watermarked steps after which the tilt is measured anew: often enough for features that move, and 2 % of a step's time."""
 
 BatchNormMode = Literal["frozen", "running", "batch"]
 """What BatchNorm layers do while a watermark is embedded; see :class:`WatermarkObjective`."""
@@ -79,6 +83,8 @@ class WatermarkObjective:
             running statistics on the extra samples, and leave them alone: these samples are learnt under the very normalisation
             that they will be verified under. ``"frozen"`` asks the caller to keep BatchNorm so in the task's forward, too
             (:func:`frozen_batchnorm` around the step), which the callback does.
+        tilt: Most probability that a natural sample of a source class gives to the target, in ``[0, 1)``; 0 leaves natural answers as
+            they are. See :mod:`meadef_lightning.watermark.tilt`.
         buffer_size: Source samples kept per class.
         pool: The owner's own source samples; batches are then not looked at.
         rank: Added to the key's seed, so that processes draw different samples.
@@ -92,6 +98,7 @@ class WatermarkObjective:
         temperature: float = 1.0,
         detach_sources: bool = True,
         batchnorm: BatchNormMode = "running",
+        tilt: float = 0.0,
         buffer_size: int = 128,
         pool: SourcePool | None = None,
         rank: int = 0,
@@ -102,6 +109,8 @@ class WatermarkObjective:
             raise ValueError(f"batchnorm={batchnorm!r} must be one of {get_args(BatchNormMode)}.")
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} must be positive.")
+        if not 0 <= tilt < 1:
+            raise ValueError(f"tilt={tilt} is a probability and must lie in [0, 1).")
         if pool is not None and set(pool.classes) != set(key.source_classes):
             raise ValueError("The given pool does not hold exactly the key's two source classes.")
         self.key = key
@@ -109,12 +118,15 @@ class WatermarkObjective:
         self.balancing = Fixed() if balancing is None else deepcopy(balancing)  # its state belongs to this training
         self.temperature, self.detach_sources, self.batchnorm = temperature, detach_sources, batchnorm
         self.pool = SourcePool(key.source_classes, buffer_size) if pool is None else pool
+        self.tilt = tilt
         self.steps = 0
         self._combiner = key.combiner.build()
         self._others = [spec.build() for spec in key.control_combiners()]
         self._generator = torch.Generator().manual_seed(key.seed + rank)
         self._groups: dict[str, Tensor] = {}
         self._evasion_labels: Tensor | None = None
+        self._tilted: dict[str, Tensor] = {}
+        self._natural_rows: Tensor | None = None
         self._checked = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,6 +183,34 @@ class WatermarkObjective:
         """Whether both source classes have been seen."""
         return self.pool.ready
 
+    def refresh(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        """Measures anew, every ``REFRESH`` steps, how far which natural samples are tilted; call it before :meth:`draw`.
+
+        The samples are those in the pool, on which the model is run once more, in eval mode and without gradients.
+
+        Args:
+            module: The module whose layers ``forward`` runs through.
+            forward: Maps samples to the module's output.
+
+        Raises:
+            ValueError: If the module has no linear layer to measure influence on.
+        """
+        if self.tilt == 0 or self.steps % REFRESH:
+            return
+        pairs = dict(zip(self.pool.classes, self.pool.draw(self.pool.capacity, self._generator), strict=True))
+        a, b = (pairs[label] for label in self.key.source_classes)
+        groups = [a, b, self._combiner(a, b, self._generator)]
+        if self._others:
+            groups.append(combine_in_turn(self._others, a, b, self.steps, self._generator))
+        with evaluating(module):
+            features = [penultimate_features(module, forward, group) for group in groups]
+        scores = influence(
+            torch.cat(features[:2]), features[2], torch.cat(features[3:]) if self._others else features[2][:0]
+        )
+        mass = torch.cat([target_mass(part, self.tilt) for part in scores.chunk(2)])
+        labels = torch.tensor(self.key.source_classes, device=a.device).repeat_interleave(len(a))
+        self._tilted = {"x": torch.cat([a, b]), "mass": mass, "labels": labels}
+
     def draw(self) -> None:
         """Chooses the combinations of the next step. All randomness of the objective is drawn here."""
         k, (first, second) = self.samples, self.key.source_classes
@@ -186,6 +226,13 @@ class WatermarkObjective:
             self._evasion_labels = torch.where(second_wins, second, first).to(a.device, non_blocking=True)
         if weights["com"] > 0:
             self._groups["first"], self._groups["second"] = a[:k], b[:k]
+        if self._tilted:
+            self._tilted = {
+                name: tensor.to(a.device) for name, tensor in self._tilted.items()
+            }  # a restored one comes from the CPU
+            rows = torch.randint(len(self._tilted["x"]), (2 * k,), generator=self._generator)
+            self._natural_rows = rows.to(a.device, non_blocking=True)
+            self._groups["natural"] = self._tilted["x"][self._natural_rows]
         self.steps += 1
 
     def _check_others(self, a: Tensor, b: Tensor) -> None:
@@ -207,7 +254,8 @@ class WatermarkObjective:
             forward: Maps samples to logits of shape ``(B, K)``.
 
         Returns:
-            ``"ver"``, and ``"com"`` and ``"eva"`` where their weights are not 0: scalars.
+            ``"ver"``, ``"com"`` and ``"eva"`` where their weights are not 0, and ``"tilt"`` where natural answers are tilted:
+            scalars.
 
         Raises:
             ValueError: If the outputs are not logits over the key's classes.
@@ -230,11 +278,20 @@ class WatermarkObjective:
             )
         if "other" in out and self._evasion_labels is not None:
             terms["eva"] = evasion_loss(out["other"], self._evasion_labels.to(logits.device))
+        if "natural" in out and self._natural_rows is not None:
+            labels, mass = (self._tilted[name][self._natural_rows] for name in ("labels", "mass"))
+            terms["tilt"] = tilt_loss(
+                out["natural"], labels, self.key.target_class, mass, self.pool.share(self.key.num_classes)
+            )
         return terms
 
     def total(self, module: nn.Module, task_loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """Returns the scalar to minimise: the task's loss and ``terms``, weighed by :attr:`balancing`."""
-        total: Tensor = self.balancing(task_loss, terms, module)
+        """Returns the scalar to minimise: the task's loss and ``terms``, weighed by :attr:`balancing`.
+
+        ``"tilt"`` is no term beside the task but another label for some of its samples, and so a part of the task's loss.
+        """
+        task = task_loss + terms["tilt"] if "tilt" in terms else task_loss
+        total: Tensor = self.balancing(task, {name: term for name, term in terms.items() if name != "tilt"}, module)
         return total
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,6 +300,7 @@ class WatermarkObjective:
             "steps": self.steps,
             "generator": self._generator.get_state(),
             "pool": self.pool.state_dict(),
+            "tilted": {name: tensor.to("cpu", copy=True) for name, tensor in self._tilted.items()},
             "balancing": {n: tensor.to("cpu", copy=True) for n, tensor in self.balancing.state_dict().items()},
         }
 
@@ -251,6 +309,7 @@ class WatermarkObjective:
         self.steps = int(state["steps"])
         self._generator.set_state(state["generator"].cpu())
         self.pool.load_state_dict(state["pool"])
+        self._tilted = {name: tensor.clone() for name, tensor in state["tilted"].items()}
         for name, tensor in state["balancing"].items():
             setattr(self.balancing, name, tensor.clone())
 

@@ -29,6 +29,7 @@ class SourcePool:
         self.fixed = False
         self._samples: Tensor | None = None
         self._written = torch.zeros(len(self.classes), dtype=torch.int64)
+        self._seen = 0
         self._ready = False
 
     @classmethod
@@ -65,10 +66,12 @@ class SourcePool:
         """
         if self.fixed:
             return
+        self._seen += len(x)
         spare = len(self.classes) * self.capacity
         if self._samples is None or self._samples.shape[1:] != x.shape[1:]:
             self._samples = x.new_zeros((spare + 1, *x.shape[1:]))
             self._written.zero_()
+            self._seen = len(x)
             self._ready = False
         self._samples = self._samples.to(x.device, x.dtype)
         self._written = self._written.to(x.device)
@@ -88,6 +91,12 @@ class SourcePool:
         if not self._ready and self._samples is not None:
             self._ready = bool((self._written > 0).all())
         return self._ready
+
+    def share(self, num_classes: int) -> Tensor | float:
+        """Returns which share of all samples that came by was of these classes; of given samples, that of balanced classes."""
+        if self.fixed or not self._seen:
+            return len(self.classes) / num_classes
+        return self._written.sum() / self._seen
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Draws ``count`` samples of each class with replacement.
@@ -129,7 +138,11 @@ class SourcePool:
         """Returns a copy of the content as CPU tensors; empty for an unused or a given pool."""
         if self._samples is None or self.fixed:
             return {}
-        return {"samples": self._samples.to("cpu", copy=True), "written": self._written.to("cpu", copy=True)}
+        return {
+            "samples": self._samples.to("cpu", copy=True),
+            "written": self._written.to("cpu", copy=True),
+            "seen": self._seen,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
@@ -145,4 +158,5 @@ class SourcePool:
                 "resume with the buffer_size that the run was started with."
             )
         self._samples, self._written = state["samples"].clone(), state["written"].clone()
+        self._seen = int(state["seen"])
         self._ready = False

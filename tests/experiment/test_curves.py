@@ -64,5 +64,5 @@ def test_budgets_become_attacks_of_their_own(tmp_path):
     assert load_experiment([tmp_path / "again.yaml"]).config("extraction") == experiment.config("extraction")
     attacks[0]["queries"] = {"class_path": "meadef_lightning.extraction.DataFreeDataModule"}
     (tmp_path / "curve.yaml").write_text(yaml.safe_dump({"extraction": attacks[:1]}))
-    with pytest.raises(MisconfigurationException, match="has budgets, but .*DataFreeDataModule takes no `queries`"):
+    with pytest.raises(MisconfigurationException, match=r"has budgets, but .*DataFreeDataModule takes no `queries`"):
         load_experiment([DIGITS, tmp_path / "curve.yaml"])

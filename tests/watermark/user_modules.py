@@ -199,7 +199,7 @@ def make(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def callback(**options: Any) -> WatermarkCallback:
     return WatermarkCallback(
-        KEY, **{"start": 0.0, "samples": 4, "balancing": ALL_TERMS, "batchnorm": "running", **options}
+        KEY, **{"start": 0.0, "samples": 4, "balancing": ALL_TERMS, "batchnorm": "running", "tilt": 0.0, **options}
     )
 
 
