@@ -44,7 +44,7 @@ def influence(natural: Tensor, watermark: Tensor, others: Tensor, ridge: float =
     x = natural - mean
     other = others.mean(0) if len(others) else mean
     gram = x @ x.T / len(x)
-    regular = ridge * gram.diagonal().sum().clamp_min(torch.finfo(gram.dtype).tiny) / x.shape[1]
+    regular = (ridge * gram.diagonal().sum() / x.shape[1]).clamp_min(1e-12)  # equal features have no influence
     v = x @ (watermark.mean(0) - contrast * other - (1 - contrast) * mean)
     # X (XᵀX/N + λI)⁻¹ v = (XXᵀ/N + λI)⁻¹ X v
     scores: Tensor = torch.linalg.solve(gram + regular * torch.eye(len(gram), device=gram.device), v)

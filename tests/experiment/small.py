@@ -10,6 +10,11 @@ EXPERIMENTS = ROOT / "experiments"
 TRAINER = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 1, "limit_test_batches": 1}
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
 SIZES = {"victim_size": 120, "attacker_size": 80, "verification_size": 120, "validation_size": 20}
+ATTACK = {
+    "queries": 24, "views": 2, "seeds": 10, "rounds": 2, "blends": 16, "iterations_per_epoch": 1, "batch_size": 8, "epochs": 1,
+    "interim_epochs": 1,
+}  # fmt: skip
+"""Smaller numbers for the arguments of attacks that have them."""
 VERIFICATION = {"samples": 40, "decoys": 99, "decoy_samples": 4}
 
 
@@ -35,6 +40,12 @@ def shrink(config, trainer=TRAINER, **data):
         training["trainer"] = {**trainer, **QUIET}
     for attack in config["extraction"]:
         attack.setdefault("queries", {"class_path": "meadef_lightning.extraction.DistillationDataModule"})
+        if "budgets" in attack:
+            attack["budgets"] = [10, 20]
+        arguments = attack["queries"].get("init_args", {})
+        arguments |= {name: value for name, value in ATTACK.items() if name in arguments}
+        if "pool" in arguments:
+            arguments["pool"]["init_args"]["size"] = 40
     for control in config["independent"]:
         control["count"] = 1
     config["seeds"] = [0]

@@ -18,7 +18,14 @@ def run(config, tmp_path):
 
 def test_no_yaml_is_forgotten():
     """Those below, and the LightningCLI overlay, which test_cli runs."""
-    tested = {"digits/supervised.yaml", "cifar10/supervised.yaml", "overlays/watermark.yaml", *PAPER}
+    tested = {
+        "digits/supervised.yaml",
+        "digits/extraction.yaml",
+        "fashion_mnist/extraction.yaml",
+        "cifar10/supervised.yaml",
+        "overlays/watermark.yaml",
+        *PAPER,
+    }
     assert {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml")} == tested
 
 
@@ -28,6 +35,24 @@ def test_digits(tmp_path, capsys):
         *("victim", "clean", "soft", "hard", "soft-other-network", "hard-other-network", "independent"),
     ]
     assert "independent" in capsys.readouterr().out
+
+
+def test_every_theft(tmp_path):
+    report = run(shrink(merged("digits/extraction.yaml")), tmp_path)
+    thefts = [row for row in report["suspects"] if row["kind"] == "extracted"]
+    assert len(thefts) == 21
+    assert len({row["attack"] for row in thefts}) == 9
+    assert {row["labels"] for row in thefts} == {"soft", "hard", "topk"}
+    assert all(row["queries"] > 0 for row in thefts)
+
+
+def test_every_theft_of_fashion_mnist(tmp_path):
+    root = str(fake_fashion_mnist(tmp_path / "data"))
+    config = shrink(merged("fashion_mnist/extraction.yaml"), root=root, download=False)
+    report = run(config, tmp_path)
+    curve = [row["queries"] for row in report["suspects"] if row["name"].startswith("distillation-soft-")]
+    assert curve == [10, 20]
+    assert (tmp_path / "out" / "figures" / "budget.png").exists()
 
 
 def test_fashion_mnist(tmp_path):

@@ -57,10 +57,11 @@ def module() -> UserModule:
         {"start": 0.5},
         {"start": 0.25, "stop": 0.75, "every_n_steps": 4},
         {"buffer_size": 3},
+        {"tilt": 0.4},
         {"balancing": MGDA(every_n_steps=5)},
         {"balancing": LastLayerMGDA(every_n_steps=2), "start": 0.25, "every_n_steps": 3},
     ],
-    ids=["always", "before the start", "window", "small pool", "MGDA", "LastLayerMGDA"],
+    ids=["always", "before the start", "window", "small pool", "tilt", "MGDA", "LastLayerMGDA"],
 )
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_resumed_equals_uninterrupted(tmp_path, options, epoch):

@@ -1,0 +1,183 @@
+"""The recipe study: what each knob of the watermark costs and what survives, over drawn keys and seeds.
+
+    python experiments/benchmarks/pareto.py experiments/fashion_mnist/supervised.yaml --output runs/pareto
+
+Each cell is one ``meadef run`` of the experiment (recipe x key x seed) in a directory of its own: an interrupted study goes on where
+it stopped, and finished cells are read. What does not depend on recipe and key (clean twin, reference, independent models) is
+trained once a seed and shared. Written: ``pareto.csv`` (every suspect of every cell), ``pareto.md`` (means and 95 % intervals over
+cells), ``pareto.png`` (the fronts). The knee is the recipe on the front whose stolen WSR, soft and hard together, is highest at a mean
+accuracy cost of at most one point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+from meadef_lightning.experiment.artifacts import make_directory, read_json, write_text_atomic
+from meadef_lightning.experiment.figures import BLUE, VERMILION, house_style, new_figure, save
+from meadef_lightning.experiment.pipeline import run
+from meadef_lightning.experiment.render import Estimate
+from meadef_lightning.experiment.spec import load_experiment
+
+_CALLBACK = "--watermark.callback.init_args"
+RECIPES: dict[str, list[str]] = {
+    "default": [],
+    "no tilt": [f"{_CALLBACK}.tilt", "0.0"],
+    "tilt .25": [f"{_CALLBACK}.tilt", "0.25"],
+    "tilt .75": [f"{_CALLBACK}.tilt", "0.75"],
+    "BatchNorm running": [f"{_CALLBACK}.batchnorm", "running"],
+    "start .75": [f"{_CALLBACK}.start", "0.75"],
+    "no smoothing": ["--victim.model.init_args.label_smoothing", "0.0"],
+    "samples 16": [f"{_CALLBACK}.samples", "16"],
+    "eva 0": [f"{_CALLBACK}.balancing", "{class_path: meadef_lightning.watermark.Fixed, init_args: {eva: 0.0}}"],
+    "eva .3": [f"{_CALLBACK}.balancing", "{class_path: meadef_lightning.watermark.Fixed, init_args: {eva: 0.3}}"],
+    "ver 1 eva .3": [
+        f"{_CALLBACK}.balancing",
+        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 1.0, eva: 0.3}}",
+    ],
+    "com .1": [f"{_CALLBACK}.balancing", "{class_path: meadef_lightning.watermark.Fixed, init_args: {com: 0.1}}"],
+}
+SHARED = ("clean", "reference")
+COLUMNS = ("recipe", "key", "seed", "cost", "suspect", "labels", "accuracy", "wsr", "wfpr", "p_value", "verdict")
+
+
+def cell(arguments: argparse.Namespace, recipe: str, key: str, seed: int, shared: Path) -> list[dict[str, Any]]:
+    """Runs one cell, or reads it, and returns one row a suspect."""
+    overrides = [*RECIPES[recipe], "--seeds", f"[{seed}]", "--watermark.key", f"{{public_secret: '{key}'}}"]
+    experiment = load_experiment(arguments.experiment, overrides)
+    controls = [control.name for control in experiment.build().independent]
+    output = make_directory(arguments.output / recipe.replace(" ", "-") / f"{key.replace(' ', '-')}-seed-{seed}")
+    for directory in shared.glob("*"):
+        if not (output / directory.name).exists():
+            shutil.copytree(directory, output / directory.name)
+    report = output / "report.json"
+    if not report.exists():
+        run(experiment, output)
+    for directory in output.iterdir():
+        if directory.is_dir() and (
+            directory.name in SHARED or any(directory.name.startswith(name) for name in controls)
+        ):
+            target = make_directory(shared) / directory.name
+            if not target.exists():
+                shutil.copytree(directory, target)
+    content = read_json(report)
+    cost = 100 * (content["victim"]["clean_accuracy"] - content["victim"]["accuracy"])
+    keep = ("labels", "accuracy", "wsr", "wfpr", "p_value", "verdict")
+    return [
+        {"recipe": recipe, "key": key, "seed": seed, "cost": cost, "suspect": row["name"], **{c: row[c] for c in keep}}
+        for row in content["suspects"]
+    ]
+
+
+def estimate(rows: list[dict[str, Any]], column: str) -> Estimate:
+    """Mean and 95 % t-interval of a column over cells."""
+    return Estimate.of([float(row[column]) for row in rows])
+
+
+def summary(rows: list[dict[str, Any]]) -> tuple[str, dict[str, tuple[float, float, float]]]:
+    """Returns the table as Markdown, and each recipe's mean cost, soft and hard stolen WSR (first theft of either kind)."""
+    suspects = [name for name in dict.fromkeys(row["suspect"] for row in rows) if not name.startswith("independent")]
+    lines = [
+        "| recipe | cells | accuracy cost | "
+        + " | ".join(f"{name} WSR / WFPR / supported" for name in suspects)
+        + " |",
+        "|---" * (3 + len(suspects)) + "|",
+    ]
+    points = {}
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        mine = {name: [r for r in rows if r["recipe"] == recipe and r["suspect"] == name] for name in suspects}
+        cost = estimate([{"cost": row["cost"] / 100} for row in mine["victim"]], "cost")
+        texts = []
+        for group in mine.values():
+            supported = sum(row["verdict"] == "supported" for row in group)
+            texts.append(f"{estimate(group, 'wsr')} / {estimate(group, 'wfpr')} / {supported}/{len(group)}")
+        lines.append(f"| {recipe} | {len(mine['victim'])} | {cost} | " + " | ".join(texts) + " |")
+        stolen = {
+            kind: next(
+                (g for n, g in mine.items() if n not in ("victim", "clean") and g and g[0]["labels"] == kind), []
+            )
+            for kind in ("soft", "hard")
+        }
+        if all(stolen.values()):
+            points[recipe] = (
+                100 * cost.mean,
+                estimate(stolen["soft"], "wsr").mean,
+                estimate(stolen["hard"], "wsr").mean,
+            )
+    return "\n".join(lines) + "\n", points
+
+
+def front(points: dict[str, tuple[float, float, float]]) -> list[str]:
+    """Returns the recipes that no other one beats in both cost and stolen WSR (soft and hard together)."""
+    score = {name: (cost, soft + hard) for name, (cost, soft, hard) in points.items()}
+    return [
+        name
+        for name, (cost, kept) in score.items()
+        if not any(c <= cost and k >= kept and (c, k) != (cost, kept) for c, k in score.values())
+    ]
+
+
+def draw(points: dict[str, tuple[float, float, float]], path: Path) -> None:
+    """Draws accuracy cost against what survives, soft and hard, with the recipes' names."""
+    with house_style():
+        figure = new_figure(7.0, 4.2)
+        axes = figure.subplots()
+        for name, (cost, soft, hard) in points.items():
+            axes.plot([cost, cost], [100 * soft, 100 * hard], color="#CCCCCC", linewidth=1, zorder=1)
+            axes.annotate(name, (cost, 100 * soft), xytext=(3, 4), textcoords="offset points", fontsize=7)
+        for index, (label, colour, marker) in enumerate(
+            (("soft labels", BLUE, "o"), ("hard labels", VERMILION, "s")), 1
+        ):
+            axes.scatter(
+                [point[0] for point in points.values()], [100 * point[index] for point in points.values()],
+                c=colour, marker=marker, label=label, zorder=2,
+            )  # fmt: skip
+        axes.axvline(1.0, color="#222222", linestyle=(0, (4, 3)), linewidth=1)
+        axes.set(
+            xlabel="accuracy cost (points)",
+            ylabel="stolen WSR (%)",
+            ylim=(0, 104),
+            title="What survives, and its price",
+        )
+        axes.legend(loc="lower right")
+    save(figure, path)
+
+
+def main() -> None:
+    """Runs the study that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="+", help="Experiment YAMLs, later ones override.")
+    parser.add_argument("--output", type=Path, default=Path("runs/pareto"))
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument(
+        "--keys", nargs="+", default=["study 0", "study 1", "study 2"], help="Secrets to draw keys from."
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    make_directory(arguments.output)
+    for recipe, key, seed in itertools.product(arguments.recipes, arguments.keys, arguments.seeds):
+        rows += cell(arguments, recipe, key, seed, arguments.output / "shared" / f"seed-{seed}")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomic(arguments.output / "pareto.csv", text.getvalue())
+        table, points = summary(rows)
+        write_text_atomic(arguments.output / "pareto.md", table)
+    if points:
+        draw(points, arguments.output / "pareto.png")
+        affordable = [name for name in front(points) if points[name][0] <= 1.0]
+        knee = max(affordable, key=lambda name: sum(points[name][1:]), default=None)
+        print(table)
+        print(f"On the front: {', '.join(front(points))}. Knee (cost <= 1 point): {knee or 'none'}.")
+
+
+if __name__ == "__main__":
+    main()

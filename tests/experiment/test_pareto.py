@@ -1,0 +1,70 @@
+"""The recipe study: its arithmetic on made-up cells, and a real study of two recipes at test size."""
+
+import csv
+import sys
+
+import pytest
+from meadef_lightning.experiments.benchmarks import pareto
+from small import merged, shrink, write
+
+
+def cells(recipe, cost, soft, hard):
+    return [
+        {
+            "recipe": recipe, "key": key, "seed": 0, "cost": cost + shift, "suspect": name, "labels": labels,
+            "accuracy": 0.9, "wsr": wsr, "wfpr": 0.01, "p_value": 0.001, "verdict": verdict,
+        }
+        for key, shift in (("a", -0.1), ("b", 0.1))
+        for name, labels, wsr, verdict in (
+            ("victim", "hard", 1.0, "supported"),
+            ("soft", "soft", soft, "supported"),
+            ("hard", "hard", hard, "inconclusive"),
+            ("independent-0", "hard", 0.0, "not supported"),
+        )
+    ]  # fmt: skip
+
+
+ROWS = cells("cheap", 0.2, 0.5, 0.1) + cells("dear", 2.0, 0.9, 0.8) + cells("worse", 2.1, 0.8, 0.8)
+
+
+def test_summary_means_and_points():
+    table, points = pareto.summary(ROWS)
+    assert points["dear"] == pytest.approx((2.0, 0.9, 0.8))
+    line = next(line for line in table.splitlines() if line.startswith("| cheap"))
+    assert "| 2 | 0.2±1.3 |" in line  # t(.975, 1) · .141 / √2 = 1.27
+    assert "50.0±0.0 / 1.0±0.0 / 2/2" in line
+    assert "independent" not in table
+
+
+def test_front_drops_what_is_beaten():
+    _, points = pareto.summary(ROWS)
+    assert pareto.front(points) == ["cheap", "dear"]
+
+
+def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
+    config = shrink(merged("digits/supervised.yaml"))
+    config["extraction"] = config["extraction"][:2]
+    file = write(config, tmp_path / "small.yaml")
+    arguments = [
+        "pareto",
+        str(file),
+        "--output",
+        str(tmp_path / "out"),
+        "--recipes",
+        "default",
+        "no tilt",
+        "--keys",
+        "k",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    pareto.main()
+    assert "On the front" in capsys.readouterr().out
+    text = (tmp_path / "out" / "pareto.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [row["recipe"] for row in rows] == ["default"] * 5 + ["no tilt"] * 5
+    clean = [row for row in rows if row["suspect"] == "clean"]
+    assert clean[0]["accuracy"] == clean[1]["accuracy"]
+    assert (tmp_path / "out" / "pareto.png").stat().st_size > 5000
+    monkeypatch.setattr(pareto, "run", lambda *_: pytest.fail("ran again"))
+    pareto.main()
+    assert (tmp_path / "out" / "pareto.csv").read_text() == text
