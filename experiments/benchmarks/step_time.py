@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
 from meadef_lightning.experiment.artifacts import make_directory, write_json_atomic
-from meadef_lightning.experiment.stages import quiet
+from meadef_lightning.quiet import quiet
 from meadef_lightning.victims import SupervisedVictim
 from meadef_lightning.victims.networks import VGGLike
 from meadef_lightning.watermark import MGDA, CombinerSpec, Fixed, LastLayerMGDA, WatermarkCallback, WatermarkKey
 
-VARIANTS = ("plain", "default", "with L_com", "last-layer MGDA", "MGDA", "MGDA every 10")
+VARIANTS = ("plain", "default", "no tilt", "with L_com", "last-layer MGDA", "MGDA", "MGDA every 10", "published loop")
+_POOL = 600
+"""Samples of each of the three groups (two sources, watermark) that the published loop forwards again in every step."""
 
 
 class Stopwatch(Callback):
@@ -54,21 +57,51 @@ class Stopwatch(Callback):
             torch.cuda.synchronize()
 
 
+class PublishedLoop(SupervisedVictim):
+    """The cost model of the public reference training, in our own words: fixed pools and a gradient for each loss, in every step.
+
+    The two source pools are forwarded without gradients and the watermark pool with them; the gradients of the task, the verification
+    and the combination loss are taken one by one to weigh the losses, before the backward pass of their sum.
+    """
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """One step on a batch of samples and classes."""
+        x, y = batch
+        a, b = x[y == 0], x[y == 1]
+        rows = torch.arange(_POOL, device=x.device)
+        a, b = a[rows % len(a)], b[rows % len(b)]
+        task = super().training_step(batch)
+        with torch.no_grad():
+            sources = [self(a).softmax(1), self(b).softmax(1)]
+        out = self((a + b) / 2)
+        losses = [
+            task,
+            F.cross_entropy(out, torch.full_like(rows, 2)),
+            sum(F.kl_div(out.log_softmax(1), source, reduction="batchmean") for source in sources),
+        ]
+        parameters = list(self.parameters())
+        for loss in losses:
+            torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return torch.stack(losses).sum()
+
+
 def watermark(variant: str) -> WatermarkCallback | None:
     """Returns the variant's callback, active from the first step."""
-    if variant == "plain":
+    if variant in ("plain", "published loop"):
         return None
     key = WatermarkKey(
         (0, 1), 2, num_classes=10, combiner=CombinerSpec("meadef_lightning.watermark.combiners.CropPaste")
     )
+    if variant == "default":
+        return WatermarkCallback(key, start=0.0)
     balancing = {
-        "default": None,
+        "no tilt": None,
         "with L_com": Fixed(com=0.1),
         "last-layer MGDA": LastLayerMGDA(),
         "MGDA": MGDA(),
         "MGDA every 10": MGDA(every_n_steps=10),
     }[variant]
-    return WatermarkCallback(key, start=0.0, balancing=balancing)
+    return WatermarkCallback(key, start=0.0, balancing=balancing, tilt=0.0)
 
 
 def measure(variant: str, batch_size: int, image_size: int, steps: int) -> list[float]:
@@ -87,7 +120,8 @@ def measure(variant: str, batch_size: int, image_size: int, steps: int) -> list[
         callbacks=[embed, watch] if embed else [watch],
     )
     with quiet():
-        trainer.fit(SupervisedVictim(VGGLike, num_classes=10, in_channels=3), data)
+        kind = PublishedLoop if variant == "published loop" else SupervisedVictim
+        trainer.fit(kind(VGGLike, num_classes=10, in_channels=3), data)
     return watch.seconds
 
 
