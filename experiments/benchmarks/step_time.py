@@ -166,7 +166,7 @@ def main(
         console.print(f"round {number + 1} of {rounds}")
         for variant in variants:
             times[variant].append(statistics.median(measure(variant, batch_size, image_size, steps)))
-    peaks = {variant: peak_memory(variant, batch_size, image_size) if memory else float("nan") for variant in variants}
+    peaks = {variant: peak_memory(variant, batch_size, image_size) for variant in variants} if memory else {}
     base = variants[0]
     table = Table("variant", "ms per step", "ratio", "range", "peak MiB", "memory ratio")
     result: dict[str, dict[str, float]] = {}
@@ -177,13 +177,13 @@ def main(
             "ratio": statistics.median(ratios),
             "ratio_min": ratios[0],
             "ratio_max": ratios[-1],
-            "peak_mib": peaks[variant],
-            "memory_ratio": peaks[variant] / peaks[base],
         }
+        if memory:
+            row |= {"peak_mib": peaks[variant], "memory_ratio": peaks[variant] / peaks[base]}
         result[variant] = row
         table.add_row(
             variant, f"{row['ms']:.0f}", f"{row['ratio']:.2f}", f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",
-            f"{row['peak_mib']:.0f}", f"{row['memory_ratio']:.2f}",
+            *(f"{row['peak_mib']:.0f}", f"{row['memory_ratio']:.2f}") if memory else ("–", "–"),
         )  # fmt: skip
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     console.print(table)
