@@ -183,7 +183,7 @@ def main(
         result[variant] = row
         table.add_row(
             variant, f"{row['ms']:.0f}", f"{row['ratio']:.2f}", f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",
-            *(f"{row['peak_mib']:.0f}", f"{row['memory_ratio']:.2f}") if memory else ("–", "–"),
+            *(f"{row['peak_mib']:.0f}", f"{row['memory_ratio']:.2f}") if memory else ("-", "-"),
         )  # fmt: skip
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     console.print(table)
