@@ -128,7 +128,7 @@ def test_queries_are_those_of_the_formula(make, cost, policy):
 @pytest.mark.parametrize("whole", [3, 5])  # within an epoch, and at its end
 def test_budget_ends_training_after_whole_iterations(make, cost, whole, caplog):
     victim, student = Linear(), make()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         trainer = steal(student, Oracle(victim, ledger=QueryLedger(budget=(whole + 1) * cost - 1)), epochs=100)
     assert victim.asked == whole * cost
     assert (

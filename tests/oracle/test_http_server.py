@@ -195,7 +195,7 @@ def test_a_body_just_over_the_limit_gets_its_answer(url):
 
 
 def test_slow_and_waiting_bodies(tmp_path):
-    limits = ServerLimits(waiting=1, body_seconds=1.0)
+    limits = ServerLimits(waiting=1, body_seconds=4.0)
     with serving(Linear(), directory=tmp_path, limits=limits) as address:
         with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), timeout=10) as slow:
             slow.sendall(head("Content-Length: 100") + b"{")
