@@ -31,6 +31,7 @@ RECIPES: dict[str, list[str]] = {
     "no tilt": [f"{_CALLBACK}.tilt", "0.0"],
     "tilt .25": [f"{_CALLBACK}.tilt", "0.25"],
     "tilt .75": [f"{_CALLBACK}.tilt", "0.75"],
+    "tilt .9": [f"{_CALLBACK}.tilt", "0.9"],
     "BatchNorm running": [f"{_CALLBACK}.batchnorm", "running"],
     "start .75": [f"{_CALLBACK}.start", "0.75"],
     "no smoothing": ["--victim.model.init_args.label_smoothing", "0.0"],
