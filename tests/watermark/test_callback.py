@@ -321,10 +321,10 @@ def test_the_stream_gives_samples_of_the_source_classes_only():
             assert all((sample == seen).flatten(1).all(1).any() for sample in draw[name])
 
 
-def test_defaults_embed_in_the_last_quarter_with_eight_samples():
+def test_defaults_embed_in_the_last_third_with_eight_samples():
     with recorded_draws() as draws:
         fit(make(UserModule), [WatermarkCallback(KEY)])
-    assert [len(draw["watermark"]) for draw in draws] == [8] * 3
+    assert [len(draw["watermark"]) for draw in draws] == [8] * 4
 
 
 def test_the_watermark_is_learnt():
