@@ -202,8 +202,7 @@ class ExtractionDataModule(LightningDataModule, ABC):
                 f"All {len(transfer.x)} queries are held out for validation; raise the number of queries, or lower validation_fraction."
             )
         self._spent = len(set(row_digests(transfer.x)))
-        # another data set's classes would be no truth about the victim's
-        self._transfer = transfer if self.pool.in_domain else replace(transfer, y=None)
+        self._transfer = transfer
         rank_zero_info(
             f"{len(transfer.x)} queries, {self._spent} of them distinct, were answered ({self.oracle.labels})."
         )
@@ -314,6 +313,11 @@ class ExtractionDataModule(LightningDataModule, ABC):
 
     def _collect_once(self) -> TransferSet:
         """The transfer set: the first process collects it, the others are told, and all fail if it fails."""
+        transfer = self._collect_somewhere()
+        # another data set's classes would be no truth about the victim's
+        return transfer if self.pool.in_domain else replace(transfer, y=None)
+
+    def _collect_somewhere(self) -> TransferSet:
         if self.trainer is None or self.trainer.world_size == 1:
             return self.collect()
         outcome: Any = None

@@ -1,5 +1,6 @@
 """Pools of images: other data sets in the victim's input space, checked in pixels, and noise."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from meadef_lightning.data import DigitsDataModule
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.images import TensorImages
 from meadef_lightning.experiment.spec import load_experiment
-from meadef_lightning.extraction import AttackerSplit, DistillationDataModule, Noise, OtherData, Photographs
+from meadef_lightning.extraction import AttackerSplit, DistillationDataModule, Noise, OtherData, Photographs, Pool
 from meadef_lightning.extraction.pools import pixel_range
 from meadef_lightning.oracle import Oracle, Totals
 
@@ -217,3 +218,21 @@ def test_photographs_are_crops_of_real_photographs():
     assert steps[0] < 0.6 * steps[1]
     with pytest.raises(ValueError, match="size=0 must be at least 1"):
         Photographs(0)
+
+
+class Foreign(Pool):
+    """Images of another domain, whose classes mean nothing to the victim."""
+
+    def images(self, data):
+        return data.tensors("attacker")
+
+
+@pytest.mark.parametrize("kind", ["distillation.Distillation", "knockoff.Knockoff", "composite.Composite"])
+@pytest.mark.parametrize("pool", [Foreign(), AttackerSplit()])
+def test_classes_of_another_domain_count_as_no_truth(kind, pool):
+    module, name = kind.split(".")
+    attack = getattr(importlib.import_module(f"meadef_lightning.extraction.{module}"), f"{name}DataModule")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+    queries = attack(Oracle(network), Pixels((1, 4, 4), (0.5,), (0.5,)), pool=pool)
+    queries.setup("fit")
+    assert len(next(iter(queries.val_dataloader()))) == (2 if isinstance(pool, Foreign) else 3)
