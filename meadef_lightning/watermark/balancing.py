@@ -52,9 +52,8 @@ class Balancing(nn.Module):
 class Fixed(Balancing):
     """``task + ver·L_ver + com·L_com + eva·L_eva`` with constant weights.
 
-    The defaults suit the last quarter of a training. Larger weights cost the task more; ``eva=1``
-    lowers false positives, and with them what a thief takes along. How much any of it costs depends on the key: on
-    Fashion-MNIST one seed each, 0.8 points of accuracy with one drawn key and 3.5 with another.
+    The defaults suit the last third of a training. A larger ``ver`` costs the task more; a larger ``eva`` lowers false positives, and
+    with them what a thief takes along. How much any of it costs depends on the key (see the tuning page beside this file).
 
     Args:
         ver: Weight of the verification loss, above 0.

@@ -124,7 +124,7 @@ class WatermarkCallback(Callback):
         self._wrapper = MethodWrapper()
         self._frozen: list[_BatchNorm] = []
         self._restored: Mapping[str, Any] | None = None
-        self._due = self._ready = self._waiting = self._measuring = False
+        self._due = self._ready = self._waiting = self._measuring = self._statistics_checked = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the Trainer out of copies."""
@@ -152,7 +152,7 @@ class WatermarkCallback(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.objective = WatermarkObjective(self.key, **self._options, rank=trainer.global_rank)
-        self._due = self._ready = self._waiting = False
+        self._due = self._ready = self._waiting = self._statistics_checked = False
         self._wrap(pl_module)
         self._trainer = trainer
 
@@ -197,11 +197,15 @@ class WatermarkCallback(Callback):
     def _freeze(self, module: nn.Module) -> None:
         """Takes BatchNorm out of training until the batch is done, backward passes (and what they recompute) included."""
         self._frozen = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training]
-        if any(layer.num_batches_tracked == 0 for layer in self._frozen if layer.num_batches_tracked is not None):
+        # asked once, since it waits for the device
+        if not self._statistics_checked and any(
+            layer.num_batches_tracked == 0 for layer in self._frozen if layer.num_batches_tracked is not None
+        ):
             raise MisconfigurationException(
                 "The watermark keeps BatchNorm's running statistics as they are, but these layers have none yet: the model is not "
                 'trained. Start the watermark later (start=0.65), or set batchnorm="running".'
             )
+        self._statistics_checked = True
         for layer in self._frozen:
             layer.training = False
 
