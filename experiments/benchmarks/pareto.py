@@ -54,6 +54,8 @@ def cell(arguments: argparse.Namespace, recipe: str, key: str, seed: int, shared
     experiment = load_experiment(arguments.experiment, overrides)
     controls = [control.name for control in experiment.build().independent]
     output = make_directory(arguments.output / recipe.replace(" ", "-") / f"{key.replace(' ', '-')}-seed-{seed}")
+    if any(override.startswith("--victim") for override in RECIPES[recipe]):
+        shared = shared.with_name(recipe.replace(" ", "-"))  # another training has another clean twin
     for directory in shared.glob("*"):
         if not (output / directory.name).exists():
             shutil.copytree(directory, output / directory.name)
@@ -164,7 +166,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     make_directory(arguments.output)
     for recipe, key, seed in itertools.product(arguments.recipes, arguments.keys, arguments.seeds):
-        rows += cell(arguments, recipe, key, seed, arguments.output / "shared" / f"seed-{seed}")
+        rows += cell(arguments, recipe, key, seed, arguments.output / "shared" / f"seed-{seed}" / "as-it-is")
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()

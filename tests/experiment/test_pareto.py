@@ -53,6 +53,7 @@ def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
         "--recipes",
         "default",
         "no tilt",
+        "no smoothing",
         "--keys",
         "k",
     ]
@@ -61,9 +62,16 @@ def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
     assert "On the front" in capsys.readouterr().out
     text = (tmp_path / "out" / "pareto.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
-    assert [row["recipe"] for row in rows] == ["default"] * 5 + ["no tilt"] * 5
+    assert [row["recipe"] for row in rows] == [
+        *("default",) * 5, *("no tilt",) * 5, *("no smoothing",) * 5,
+    ]  # fmt: skip
     clean = [row for row in rows if row["suspect"] == "clean"]
     assert clean[0]["accuracy"] == clean[1]["accuracy"]
+    digests = [
+        (tmp_path / "out" / name / "k-seed-0" / "clean" / "result.json").read_text()
+        for name in ("default", "no-tilt", "no-smoothing")
+    ]
+    assert digests[0] == digests[1] != digests[2]  # the last has a clean twin of its own
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 5000
     monkeypatch.setattr(pareto, "run", lambda *_: pytest.fail("ran again"))
     pareto.main()
