@@ -1,12 +1,13 @@
 """Data modules: every data set in five disjoint splits, for victim, validation, attacker, verification and test."""
 
-from meadef_lightning.data.augmentation import RandomShiftFlip, shift_flip
+from meadef_lightning.data.augmentation import Chain, RandomNoiseSquare, RandomShiftFlip, shift_flip
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.digits import DigitsDataModule
 from meadef_lightning.data.faces import YouTubeFacesDataModule
 from meadef_lightning.data.folder import ImageFolderDataModule
 from meadef_lightning.data.images import ImageDataset, TensorImages, collate_batch, normalise
 from meadef_lightning.data.splits import Split, split_indices
+from meadef_lightning.data.thief import ThiefData
 from meadef_lightning.data.vision import (
     CIFAR10DataModule,
     CIFAR100DataModule,
@@ -17,15 +18,18 @@ from meadef_lightning.data.vision import (
 __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "Chain",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "GTSRBDataModule",
     "ImageDataset",
     "ImageFolderDataModule",
+    "RandomNoiseSquare",
     "RandomShiftFlip",
     "Split",
     "SplitDataModule",
     "TensorImages",
+    "ThiefData",
     "YouTubeFacesDataModule",
     "collate_batch",
     "normalise",

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meadef_lightning.data.augmentation import RandomShiftFlip, shift_flip
+from meadef_lightning.data.augmentation import Chain, RandomNoiseSquare, RandomShiftFlip, shift_flip
 
 
 def one_by_one(x, dy, dx, mirror):
@@ -70,3 +70,39 @@ def test_it_follows_the_global_seed_and_rests_in_evaluation_mode():
 def test_negative_shift_is_refused():
     with pytest.raises(ValueError, match="0 or more pixels, got -1"):
         RandomShiftFlip(-1)
+
+
+@given(st.integers(1, 5), st.integers(0, 2**31))
+def test_noise_covers_one_square_of_every_image(size, seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        x = torch.linspace(-1, 1, 4 * 2 * 6 * 7).reshape(4, 2, 6, 7)
+        changed = RandomNoiseSquare(size)(x) != x
+    assert torch.equal(changed[:, 0], changed[:, 1])
+    for image in changed[:, 0]:
+        rows, cols = image.any(1).nonzero().flatten(), image.any(0).nonzero().flatten()
+        assert len(rows) == len(cols) == size
+        assert image[rows[0] : rows[0] + size, cols[0] : cols[0] + size].all()
+        assert image.sum() == size**2
+
+
+def test_noise_stays_in_the_range_of_the_batch_and_out_of_evaluation():
+    x = torch.rand(8, 1, 6, 6) * 3 - 1
+    augmented = RandomNoiseSquare(6)(x)
+    assert x.min() <= augmented.min()
+    assert augmented.max() <= x.max()
+    assert torch.equal(RandomNoiseSquare(3).eval()(x), x)
+    with pytest.raises(ValueError, match="at least 1 pixel"):
+        RandomNoiseSquare(0)
+    with pytest.raises(ValueError, match="larger than the images"):
+        RandomNoiseSquare(7)(x)
+
+
+def test_a_chain_runs_its_steps_in_order_and_switches_them_off_together():
+    chain = Chain([RandomShiftFlip(1), RandomNoiseSquare(2)])
+    x = torch.rand(4, 1, 6, 6)
+    torch.manual_seed(0)
+    expected = RandomNoiseSquare(2)(RandomShiftFlip(1)(x))
+    torch.manual_seed(0)
+    assert torch.equal(chain(x), expected)
+    assert torch.equal(chain.eval()(x), x)
