@@ -1,9 +1,12 @@
 """What a judge reads: is this suspect a copy? Questions, metrics, verdict and evidence."""
 
 from meadef_lightning.verification.callback import SuspectModule, VerificationCallback, verify
+from meadef_lightning.verification.combination import JointVerdict, combine_fisher, holm, judge_keys
 from meadef_lightning.verification.datamodule import VerificationDataModule
 from meadef_lightning.verification.evidence import Evidence, EvidenceError, check_evidence, model_fingerprint
 from meadef_lightning.verification.metrics import FalsePositiveRate, Fidelity, WatermarkSuccessRate
+from meadef_lightning.verification.planning import Power, power, smallest_plan
+from meadef_lightning.verification.sequential import SequentialResult, SequentialTest
 from meadef_lightning.verification.verdict import Responses, Verdict, decoy_statistics, judge
 
 __all__ = [
@@ -11,15 +14,24 @@ __all__ = [
     "EvidenceError",
     "FalsePositiveRate",
     "Fidelity",
+    "JointVerdict",
+    "Power",
     "Responses",
+    "SequentialResult",
+    "SequentialTest",
     "SuspectModule",
     "Verdict",
     "VerificationCallback",
     "VerificationDataModule",
     "WatermarkSuccessRate",
     "check_evidence",
+    "combine_fisher",
     "decoy_statistics",
+    "holm",
     "judge",
+    "judge_keys",
     "model_fingerprint",
+    "power",
+    "smallest_plan",
     "verify",
 ]

@@ -32,7 +32,8 @@ from meadef_lightning.verification.statistics import MAX_DECOYS, DecoyTable, see
 from meadef_lightning.verification.verdict import Responses, Verdict, judge
 from meadef_lightning.watermark.key import WatermarkKey
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 ranked keys by their own cell alone (no neighbours); such evidence must be checked by the version that wrote it."""
 MAX_EVIDENCE_BYTES = 256 << 20
 _LABELLED = ("trigger", "control", "natural", "natural_labels")
 
@@ -204,19 +205,31 @@ class Evidence:
         try:
             with path.open("rb") as file:
                 text = file.read(MAX_EVIDENCE_BYTES + 1)
-            if len(text) > MAX_EVIDENCE_BYTES:
-                raise EvidenceError(f"{path} is larger than {MAX_EVIDENCE_BYTES} bytes; this is not evidence of ours.")
-            content = json.loads(text.decode(), parse_float=_finite, parse_constant=_finite)
         except OSError as error:
             raise EvidenceError(f"Cannot read the evidence {path}: {error.strerror}.") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: bytes, name: str) -> Evidence:
+        """Reads the content of an evidence file, as :meth:`load` does.
+
+        Args:
+            text: The content.
+            name: What messages call it.
+
+        Raises:
+            EvidenceError: As :meth:`load`.
+        """
+        if len(text) > MAX_EVIDENCE_BYTES:
+            raise EvidenceError(f"{name} is larger than {MAX_EVIDENCE_BYTES} bytes; this is not evidence of ours.")
+        try:
+            content = json.loads(text.decode(), parse_float=_finite, parse_constant=_finite)
         except (ValueError, RecursionError) as error:
-            if isinstance(error, EvidenceError):
-                raise
-            raise EvidenceError(f"{path} is not evidence: it is not valid JSON ({error}).") from error
+            raise EvidenceError(f"{name} is not evidence: it is not valid JSON ({error}).") from error
         try:
             _check_form(content)
         except EvidenceError as error:
-            raise EvidenceError(f"{path} is not evidence of this form: {error}") from error
+            raise EvidenceError(f"{name} is not evidence of this form: {error}") from error
         return cls(**content)
 
     def check(self, key: WatermarkKey) -> Verdict:
@@ -351,7 +364,10 @@ _ROWS = (lambda value: isinstance(value, list) and all(map(_LABELS[0], value)), 
 _NUMBERS = (lambda value: value is None or (isinstance(value, list) and all(map(_is_number, value))), "numbers or null")
 _FLAT = (_is_flat, "a value, or a list or object of values")
 _FORM: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "schema_version": _integer(SCHEMA_VERSION, SCHEMA_VERSION),
+    "schema_version": (
+        _integer(SCHEMA_VERSION, SCHEMA_VERSION)[0],
+        f"{SCHEMA_VERSION}, which this package derives; check evidence of another version with the package version that it names",
+    ),
     "created": _TEXT,
     "key.commitment": _HASH,
     "key.drawn_uniformly": (lambda value: type(value) is bool, "true or false"),
@@ -378,6 +394,9 @@ def _check_form(content: Any) -> None:
     sections = {path.partition(".")[0] for path in _FORM if "." in path}
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in sections):
         raise EvidenceError(f"it must be an object with the objects {', '.join(sorted(sections))}.")
+    fits, what = _FORM["schema_version"]  # first: evidence of another version may well have other fields
+    if "schema_version" in content and not fits(content["schema_version"]):
+        raise EvidenceError(f"schema_version must be {what}.")
     found = {name for name in content if name not in sections}
     found |= {f"{name}.{part}" for name in sections for part in content[name]}
     if wrong := sorted(found ^ _FORM.keys()):

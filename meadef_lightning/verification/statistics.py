@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from torch import Tensor
 
+from meadef_lightning.verification.scores import key_scores, possible_targets
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
 
 MAX_DECOYS = 10_000_000
@@ -187,8 +188,8 @@ class DecoyTable:
     """Which other keys a key is compared with, and how a table of answers gives all their statistics.
 
     A key is (source a, source b, target t, combining way c). A *cell* is (a, b, c); of each cell the suspect answers the same
-    number of samples. With ``R`` the shares of answers, the statistic of a key is its success against its matched control, the
-    same sources combined in the other ways: ``T(a,b,t,c) = R[a,b,c][t] - mean over c' ≠ c of R[a,b,c'][t]``.
+    number of samples. The statistic of a key is its success above its matched controls, the same sources combined in the other
+    ways, weighed with what the keys that share a source, the target and the way gain: :func:`~.scores.key_scores`.
 
     When ``decoys`` is at least the size of the key space, every key of the space is compared. Otherwise that many keys are drawn,
     independently and uniformly, with a seed that mixes the verifier's with the key's salt: the owner, bound by the commitment,
@@ -292,8 +293,7 @@ class DecoyTable:
 
     def _other_keys(self) -> Tensor:
         """Marks every key of the asked cells but the true one, shape ``(pairs, ways, classes)``, bool."""
-        classes = torch.arange(self.key.num_classes)
-        possible = (classes != self.pairs[:, :1]) & (classes != self.pairs[:, 1:])
+        possible = possible_targets(self.pairs, self.key.num_classes)
         mask = possible[:, None, :].repeat(1, len(self.space.combiners), 1)
         mask[self._true_key()] = False
         return mask
@@ -324,9 +324,34 @@ class DecoyTable:
                     f"The reference answered {asked} samples a cell, the suspect {samples}; ask both the same."
                 )
             table = table - known
-        ways = table.shape[1]
-        # ways·R_c − ΣR = (ways − 1)·(R_c − mean of the others): whole numbers, so that equal statistics stay equal
-        values = (ways * table - table.sum(1, keepdim=True)).double() / (samples * (ways - 1))
+        return self._of_keys(key_scores(table.double(), self.pairs) / samples)
+
+    def score_statistics(self, scores: Tensor) -> tuple[float, Tensor]:
+        """Ranks keys by real numbers instead of shares of answers, e.g. by how near a cell's features are to each class.
+
+        The statistic is the key's own cell above its matched controls, without the neighbours that :meth:`statistics` weighs in.
+
+        Args:
+            scores: Score of each cell for each class, float64, shape ``(cells, classes)``, in the order of ``cells``; a reference
+                model's may have been subtracted.
+
+        Returns:
+            The true key's statistic and the decoys', as :meth:`statistics`.
+
+        Raises:
+            ValueError: If the scores have another form, or are not finite.
+        """
+        ways, classes = len(self.space.combiners), self.key.num_classes
+        shape = (len(self.pairs) * ways, classes)
+        if tuple(scores.shape) != shape or scores.dtype != torch.float64 or not bool(scores.isfinite().all()):
+            raise ValueError(
+                f"The scores must be finite float64 of shape {shape} (cells, classes), got {scores.dtype} of shape {tuple(scores.shape)}."
+            )
+        table = scores.reshape(len(self.pairs), ways, classes)
+        return self._of_keys((ways * table - table.sum(1, keepdim=True)) / (ways - 1))
+
+    def _of_keys(self, values: Tensor) -> tuple[float, Tensor]:
+        """Returns the true key's and the decoys' entries of a table ``(pairs, ways, classes)`` of statistics."""
         true = float(values[self._true_key()])
         if self.enumerated:
             return true, values[self._other_keys()]

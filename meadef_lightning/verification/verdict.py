@@ -107,8 +107,8 @@ class Verdict:
         only_trigger: Pairs in which only the trigger was answered with the target.
         only_control: Pairs in which only the control was.
         mcnemar_p: Exact one-sided p-value of these two numbers.
-        statistic: The key's statistic T₀ from the cell table: success above matched controls, in ``[-1, 1]``; with a reference
-            model, above that model's, in ``[-2, 2]``.
+        statistic: The key's statistic T₀ from the cell table (:mod:`~meadef_lightning.verification.scores`): success above matched
+            controls, weighed with its neighbours', in ``[-1, 1]``; with a reference model, above that model's, in ``[-2, 2]``.
         reference: Whether a reference model's statistics were subtracted.
         decoy_p: Randomisation p-value of T₀.
         decoys: Number of keys compared with.

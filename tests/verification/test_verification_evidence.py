@@ -63,7 +63,7 @@ def test_the_same_seed_writes_the_same_bytes_but_for_the_time(tmp_path, original
 
 
 def test_content(content):
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["key"] == {"commitment": KEY.commitment(), "drawn_uniformly": True, "num_classes": 7}
     assert content["model"]["sha256"] == model_fingerprint(Thief(KEY))
     assert content["procedure"] == {"alpha": 0.001, "decoys": 9999, "seed": 0, "null_statistics": [0.0, 0.25]}
@@ -236,7 +236,7 @@ def replaced(path, value):
         (lambda c: {**c, "key": 3}, "must be an object"),
         (lambda c: {**c, "more": 3}, "missing or unknown fields: more"),
         (lambda c: {k: v for k, v in c.items() if k != "created"}, "missing or unknown fields: created"),
-        (replaced(("schema_version",), 2), "schema_version must be"),
+        (replaced(("schema_version",), 1), "schema_version must be 2.*package version"),
         (replaced(("schema_version",), True), "schema_version must be"),
         (replaced(("key", "commitment"), "../../etc/passwd"), "key.commitment must be 64"),
         (replaced(("key", "num_classes"), 10**40), "key.num_classes must be an integer"),

@@ -161,9 +161,17 @@ def by_hand(table, counts, key):
     """The definition, one key at a time."""
     a, b, target, way = key
     answers = {tuple(cell): row for cell, row in zip(table.cells.tolist(), counts.tolist(), strict=True)}
-    rates = [answers[a, b, c][target] / sum(answers[a, b, c]) for c in range(len(table.space.combiners))]
-    others = rates[:way] + rates[way + 1 :]
-    return rates[way] - sum(others) / len(others)
+
+    def rate(x, y, c):
+        return answers[x, y, c][target] / sum(answers[x, y, c])
+
+    others = [rate(a, b, c) for c in range(len(table.space.combiners)) if c != way]
+    own = rate(a, b, way) - sum(others) / len(others)
+    asked = sorted({(x, y) for x, y, _ in answers if target not in (x, y)})
+    mean = sum(rate(x, y, way) for x, y in asked) / len(asked)
+    row = [rate(x, y, way) - mean for x, y in asked if x == a and y != b]
+    column = [rate(x, y, way) - mean for x, y in asked if y == b and x != a]
+    return (own + 2 * sum(row) / max(len(row), 8) + 2 * sum(column) / max(len(column), 8)) / 5
 
 
 @pytest.mark.parametrize("decoys", [72, 9999])

@@ -1,0 +1,73 @@
+"""The statistic of every key at once: how much the suspect prefers a key, weighed with the keys beside it.
+
+**Source.** A matched filter: the weight of every cell follows what a watermark looks like in a whole table of answers.
+
+**Why not the key's own cell alone.** A stolen watermark is no needle. Whoever answers composites of (a, b) with t also answers some
+composites of (a, b') and of (a', b) with t, since each half alone pulls towards t. Single cells are noisy and, in a hard or leaky
+theft, a few unrelated ones reach higher by chance; a whole row *and* a whole column that lean towards one target do not. So a true
+key is recognised as the centre of a cross.
+
+**Algorithm.** With the shares ``R[a,b,c,t]`` of answers t to composites of (a, b) in way c (less those of a reference model):
+
+1. own: ``R[a,b,c,t] - mean over c' ≠ c of R[a,b,c',t]``, the key above its matched controls;
+2. ``d = R[a,b,c,t] - G[c,t]``, where ``G`` is the mean over all asked source pairs without t: what way c does to any sources,
+   e.g. in a suspect that answers t far too often;
+3. row: the sum of ``d`` over the asked pairs (a, b'), ``b' ≠ b``, divided by their number, but by 8 at least; column: the same over
+   (a', b). So a neighbour weighs a quarter of the key itself, or less where there are many, and few neighbours say little;
+4. ``T = (own + 2·row + 2·column) / 5``.
+
+**Validity.** T is a function of a key and a table which does not depend on which key is the true one, so a rank among all keys stays
+an exact randomisation p-value. With drawn decoys the asked pairs are those of all compared keys alike, so these stay exchangeable.
+
+**Defaults.** The weight 2 was chosen on the tables of seven keys of digits and Fashion-MNIST, where anything from 1 to 4 serves, and
+kept for five others (whose tables had been looked at, though not fitted, when the form was sought). With p <= .001 among 5,760 keys,
+above a reference model, own cell alone → T: thefts with WSR > 50 % 24 → 41 of 45 and 10 → 12 of 16, victims 16 → 18 of 18 and
+5 → 13 of 13. Without a reference model: 11 → 23 of 45 and 7 → 7 of 16. Thefts with WSR from 20 to 50 %: 0 → 3 of 28.
+
+**Pitfalls.** With three classes keys have no neighbours, and T ranks as the key's own cell does. Equal statistics may differ in the
+last digits here; the rank forgives 1e-9.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEIGHBOUR_WEIGHT = 2.0
+"""Weight of the row, and of the column, of a key in comparison with its own cell."""
+FEW_NEIGHBOURS = 8
+"""Fewer neighbours than these weigh accordingly less."""
+
+
+def possible_targets(pairs: Tensor, num_classes: int) -> Tensor:
+    """Marks the classes that are no source of a pair, shape ``(pairs, num_classes)``, bool: a key's target is one of them."""
+    classes = torch.arange(num_classes)
+    return (classes != pairs[:, :1]) & (classes != pairs[:, 1:])
+
+
+def key_scores(shares: Tensor, pairs: Tensor, weight: float = NEIGHBOUR_WEIGHT) -> Tensor:
+    """Computes the statistic of every key of the asked source pairs; see the algorithm above.
+
+    Args:
+        shares: Share of answers of each cell, ``[i, c, t]`` for pair i, way c and class t; float64, shape ``(pairs, ways, classes)``,
+            ``ways >= 2``. A reference model's may have been subtracted.
+        pairs: Classes of the first and second source, int64, shape ``(pairs, 2)``, each pair once.
+        weight: Weight of each neighbourhood, at least 0; 0 compares the key's own cell with its controls alone.
+
+    Returns:
+        T, float64, shape ``(pairs, ways, classes)``; it means nothing where the class is one of the pair's sources. Shares in
+        ``[0, 1]`` give values in ``[-1, 1]``.
+    """
+    _, ways, classes = shares.shape
+    valid = possible_targets(pairs, classes)[:, None, :].to(shares.dtype)
+    shares = shares * valid
+    deviation = (shares - shares.sum(0) / valid.sum(0).clamp_min(1)) * valid
+
+    def neighbours(source: Tensor) -> Tensor:
+        """Adds up the other pairs that have the same class in this place."""
+        total = shares.new_zeros(classes, ways, classes).index_add_(0, source, deviation)[source] - deviation
+        others = shares.new_zeros(classes, 1, classes).index_add_(0, source, valid)[source] - 1
+        return total / others.clamp_min(FEW_NEIGHBOURS)
+
+    own = (ways * shares - shares.sum(1, keepdim=True)) / (ways - 1)
+    return (own + weight * (neighbours(pairs[:, 0]) + neighbours(pairs[:, 1]))) / (1 + 2 * weight)
