@@ -7,11 +7,13 @@ from meadef_lightning.extraction.copycat import CopycatDataModule
 from meadef_lightning.extraction.datafree import DataFreeDataModule
 from meadef_lightning.extraction.dfme import DFMEStudent
 from meadef_lightning.extraction.distillation import DistillationDataModule
+from meadef_lightning.extraction.encoder_student import EncoderStudent
 from meadef_lightning.extraction.jacobian import JacobianDataModule, TargetedJacobianDataModule
 from meadef_lightning.extraction.knockoff import AdaptiveKnockoffDataModule, KnockoffDataModule
 from meadef_lightning.extraction.maze import MAZEStudent
 from meadef_lightning.extraction.pools import AttackerSplit, Noise, OtherData, Photographs, Pool
 from meadef_lightning.extraction.rounds import RoundsDataModule
+from meadef_lightning.extraction.stolen_encoder import StolenEncoderDataModule
 from meadef_lightning.extraction.student import Student, distillation_loss
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "DFMEStudent",
     "DataFreeDataModule",
     "DistillationDataModule",
+    "EncoderStudent",
     "ExtractionDataModule",
     "JacobianDataModule",
     "KnockoffDataModule",
@@ -32,6 +35,7 @@ __all__ = [
     "Photographs",
     "Pool",
     "RoundsDataModule",
+    "StolenEncoderDataModule",
     "Student",
     "TargetedJacobianDataModule",
     "TransferSet",

@@ -173,6 +173,12 @@ class ExtractionDataModule(LightningDataModule, ABC):
         return self.data.image_shape
 
     @property
+    def feature_dim(self) -> int | None:
+        """Number of features of an encoder's answers; ``None`` before `setup`, and if the oracle answers with classes."""
+        known = self._transfer is not None and self.oracle.labels == "feature"
+        return self._transfer.answers.shape[1] if known and self._transfer is not None else None
+
+    @property
     def queries_spent(self) -> int:
         """Distinct inputs in the transfer set: what it costs with an empty ledger. 0 before `setup`."""
         return self._spent

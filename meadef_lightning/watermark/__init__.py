@@ -4,6 +4,7 @@ from meadef_lightning.watermark.autoencoder import AutoencoderBlend
 from meadef_lightning.watermark.balancing import MGDA, Balancing, Fixed, LastLayerMGDA
 from meadef_lightning.watermark.callback import WatermarkCallback
 from meadef_lightning.watermark.combiners import Band, Combiner, CropPaste, Diagonal, Donut, PixelBlend, Stripes
+from meadef_lightning.watermark.feature_callback import FeatureWatermarkCallback
 from meadef_lightning.watermark.key import DEFAULT_COMBINERS, CombinerSpec, KeySpace, WatermarkKey
 from meadef_lightning.watermark.losses import combination_loss, evasion_loss, verification_loss
 from meadef_lightning.watermark.mixin import WatermarkLossMixin
@@ -21,6 +22,7 @@ __all__ = [
     "CropPaste",
     "Diagonal",
     "Donut",
+    "FeatureWatermarkCallback",
     "Fixed",
     "KeySpace",
     "LastLayerMGDA",

@@ -84,6 +84,8 @@ class WatermarkCallback(Callback):
             what to do instead; in training, if the batches or outputs do not have the needed form.
     """
 
+    answers = "logits"
+
     def __init__(
         self,
         key: WatermarkKey | str,
@@ -118,7 +120,7 @@ class WatermarkCallback(Callback):
             "buffer_size": buffer_size,
             "pool": pool,
         }
-        self.objective = WatermarkObjective(self.key, **self._options)
+        self.objective = self._objective()
         self._validation_pool = SourcePool(self.key.source_classes, buffer_size)
         self._trainer: Trainer | None = None
         self._wrapper = MethodWrapper()
@@ -129,6 +131,9 @@ class WatermarkCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the Trainer out of copies."""
         return {**self.__dict__, "_trainer": None, "_frozen": []}
+
+    def _objective(self, rank: int = 0) -> WatermarkObjective:
+        return WatermarkObjective(self.key, **self._options, rank=rank)
 
     # ---- life of the wrapper
 
@@ -151,7 +156,7 @@ class WatermarkCallback(Callback):
             self._restored = None
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.objective = WatermarkObjective(self.key, **self._options, rank=trainer.global_rank)
+        self.objective = self._objective(trainer.global_rank)
         self._due = self._ready = self._waiting = self._statistics_checked = False
         self._wrap(pl_module)
         self._trainer = trainer
@@ -292,7 +297,7 @@ class WatermarkCallback(Callback):
         return logits
 
     def _total(self, module: LightningModule, task_loss: Tensor) -> Tensor:
-        with _refusing("this module; its forward must map samples to logits"):
+        with _refusing(f"this module; its forward must map samples to {self.answers}"):
             terms = self.objective.terms(module, lambda x: self._forward(module, x))
         total = self.objective.total(module, task_loss, terms)
         logged = {"loss": total - task_loss, **terms}

@@ -1,0 +1,296 @@
+"""Verification of an encoder by its features alone: for an owner who may ask a suspect for embeddings, and sees no classes.
+
+**Source.** Feature-space half of the watermark (MEA-Defender, S&P 2024, Eq. 6–8: watermark samples lie where the target class lies), judged
+by the same decoy-key randomisation test as a classifier (`meadef_lightning.verification.statistics.DecoyTable`).
+
+**Algorithm.** 1. Ask the verification samples as they are; subtract the mean of the classes' means ``m`` from every feature, here and
+below; ``u_t`` is the direction of class ``t``'s mean. 2. Ask ``decoy_samples`` composites of every cell (source a, source b, way c): ``S[a,b,c][t]`` is
+their mean cosine to ``u_t``; one product of a table (cells, D) with (D, classes) gives all. 3. A key's statistic has the form of a
+classifier's: ``T(a,b,t,c) = S[a,b,c][t] − mean over c' ≠ c of S[a,b,c'][t]``. 4. The rank of the true key among its decoys is the p-value.
+Beside it, triggers and their matched controls are compared pair by pair (exact sign test). Both must hold for *supported*.
+
+**Cost.** As for a classifier (`VerificationDataModule`), and the verification split once more. Features are summed up by cell as they
+arrive, so memory stays at (cells, D).
+
+**Defaults.** Centring is ours and has no switch: encoders with a ReLU at the end keep all features in one orthant, and a thief could hide every
+cosine behind a large constant that costs his customers nothing.
+
+**Pitfalls.** The test is exact for any encoder that does not depend on the key, also for one whose features mean nothing; a *not supported* may
+come from that, so look at ``natural_accuracy``, how often the nearest class mean is a test sample's own. An encoder has natural look-alikes as
+a classifier does: a reference encoder, trained without regard to the key, makes the test far more powerful.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meadef_lightning.verification import statistics
+from meadef_lightning.verification.callback import Queryable
+from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
+from meadef_lightning.verification.statistics import DecoyTable
+from meadef_lightning.verification.verdict import Decision, check_plan
+from meadef_lightning.watermark.key import WatermarkKey
+
+_LEANING = 0.01  # as for a classifier
+_TIE = 1e-9
+
+
+def class_directions(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Where the classes lie, seen from their common middle.
+
+    Args:
+        features: Natural samples' features, float64, shape ``(N, D)``.
+        labels: Their classes, int64, shape ``(N,)``; every class must occur.
+        num_classes: Number of classes.
+
+    Returns:
+        The middle, mean of the classes' means, shape ``(D,)``, and the unit direction of each class's mean from there, ``(classes, D)``.
+    """
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    means = sums / torch.bincount(labels, minlength=num_classes)[:, None]
+    middle = means.mean(0)
+    return middle, F.normalize(means - middle, dim=1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureAnswers:
+    """What a suspect's features say about one key's questions. It tells the key, so it stays with whoever holds that.
+
+    Args:
+        scores: Mean cosine of each cell's composites to each class, float64, ``(cells, classes)``, in the order of ``DecoyTable.cells``.
+        trigger: Cosines of the watermark samples to the target class, float64, ``(n,)``.
+        control: Cosines of their matched controls, ``(n,)``.
+        natural_accuracy: Share of test samples that lie nearest to their own class.
+    """
+
+    scores: Tensor
+    trigger: Tensor
+    control: Tensor
+    natural_accuracy: float
+
+    def __repr__(self) -> str:
+        """Shows sizes only, as a classifier's answers do."""
+        return f"FeatureAnswers({len(self.trigger)} triggers, {len(self.scores)} cells)"
+
+
+@dataclass(frozen=True)
+class FeatureVerdict:
+    """The judgement of one encoder. It names no class and no combining way, so it can be published.
+
+    Args:
+        verdict: ``"supported"``, ``"inconclusive"`` or ``"not supported"``; the rule is a classifier's, with the sign test for McNemar's.
+        alpha: The pre-registered level.
+        samples: Triggers, and as many controls.
+        statistic: The key's statistic, in ``[-2, 2]``; with a reference, above that encoder's, in ``[-4, 4]``.
+        p_value: Its rank among the decoy keys' statistics.
+        decoys: Number of keys compared with.
+        decoy_method: ``"enumerated"`` (all other keys) or ``"sampled"``.
+        decoy_summary: Mean, std, median, q95, q99 and max of their statistics.
+        smallest_p: Smallest p-value that could have come out.
+        exact: Whether ``p_value`` is exact: the key was drawn uniformly from the space it was compared with.
+        reference: Whether a reference encoder's table was subtracted.
+        trigger_cosine: Mean cosine of the triggers to the target class, in ``[-1, 1]``.
+        control_cosine: The same of the controls.
+        sign_p: Exact one-sided sign test that a trigger lies nearer to the target class than its control. It treats the pairs as
+            independent.
+        natural_accuracy: Share of natural test samples that lie nearest to their own class.
+    """
+
+    verdict: Decision
+    alpha: float
+    samples: int
+    statistic: float
+    p_value: float
+    decoys: int
+    decoy_method: Literal["enumerated", "sampled"]
+    decoy_summary: Mapping[str, float]
+    smallest_p: float
+    exact: bool
+    reference: bool
+    trigger_cosine: float
+    control_cosine: float
+    sign_p: float
+    natural_accuracy: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the verdict as JSON values."""
+        value: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return value
+
+
+def feature_answers(suspect: nn.Module | Queryable, questions: VerificationDataModule) -> FeatureAnswers:
+    """Asks an encoder everything that a key's verdict needs.
+
+    Args:
+        suspect: A module that maps a batch of samples to features ``(B, D)``, or a black box with ``query(x)``. A module is asked in
+            eval mode, where it lies, and finds its flags as they were.
+        questions: Triggers, controls, composites of all cells, and natural samples.
+
+    Raises:
+        ValueError: If the data does not fit, or the suspect answers with anything but finite features of one size.
+    """
+    questions.prepare_data()
+    questions.setup("predict")
+    x, labels = questions.sources
+    target, classes = questions.key.target_class, questions.num_classes
+    ways, pairs, each = len(questions.table.space.combiners), len(questions.table.pairs), questions.decoy_samples
+    with _asking(suspect) as ask:
+        middle, directions = class_directions(
+            torch.cat([ask(part) for part in torch.split(x, questions.batch_size)]), labels.cpu(), classes
+        )
+        sums = torch.zeros(pairs * ways, len(middle), dtype=torch.float64)
+        cosines: list[Tensor] = []
+        for name, loader in zip(
+            ("trigger", "control", "decoy", "natural"), questions.predict_dataloader(), strict=True
+        ):
+            batches: list[Tensor] = []
+            for samples, items in loader:
+                units = F.normalize(ask(samples) - middle, dim=1)
+                if name == "decoy":  # asked way by way, kept pair by pair
+                    group = items // each
+                    sums.index_add_(0, group % pairs * ways + group // pairs, units)
+                else:
+                    batches.append(units @ directions.T)
+            cosines += [torch.cat(batches)] if batches else []
+    trigger, control, natural = cosines
+    hit = natural.argmax(1) == questions.natural[1].cpu()
+    return FeatureAnswers(
+        sums / each @ directions.T, trigger[:, target], control[:, target], float(hit.double().mean())
+    )
+
+
+def judge_features(
+    answers: FeatureAnswers, table: DecoyTable, reference: FeatureAnswers | None = None, alpha: float = 1e-3
+) -> FeatureVerdict:
+    """Judges an encoder by its answers; nothing is asked.
+
+    Args:
+        answers: The suspect's answers.
+        table: The key, and the keys that it is compared with.
+        reference: Answers of a reference encoder to the same questions.
+        alpha: Level, fixed before the suspect was asked; in ``(0, 1)``.
+
+    Raises:
+        ValueError: If ``alpha`` is out of range, or the answers do not belong to the table.
+    """
+    check_plan(alpha, None)
+    if reference is not None and reference.scores.shape != answers.scores.shape:
+        raise ValueError(
+            "The reference was asked other questions than the suspect; use the same key and options for both."
+        )
+    scores = answers.scores if reference is None else answers.scores - reference.scores
+    statistic, decoys = table.score_statistics(scores)
+    p_value, smallest_p = statistics.randomisation_p_value(statistic, decoys), 1 / (len(decoys) + 1)
+    ahead = answers.trigger - answers.control
+    sign_p = statistics.mcnemar_exact(int((ahead > _TIE).sum()), int((ahead < -_TIE).sum()))
+    return FeatureVerdict(
+        verdict=_decide(alpha, p_value, sign_p, max(smallest_p, 0.5 ** len(ahead))),
+        alpha=alpha,
+        samples=len(ahead),
+        statistic=statistic,
+        p_value=p_value,
+        decoys=len(decoys),
+        decoy_method="enumerated" if table.enumerated else "sampled",
+        decoy_summary=statistics.summary(decoys),
+        smallest_p=smallest_p,
+        exact=table.exact,
+        reference=reference is not None,
+        trigger_cosine=float(answers.trigger.mean()),
+        control_cosine=float(answers.control.mean()),
+        sign_p=sign_p,
+        natural_accuracy=answers.natural_accuracy,
+    )
+
+
+def feature_verdict(
+    model: nn.Module | Queryable,
+    key: WatermarkKey,
+    data: SourceData,
+    reference: nn.Module | Queryable | FeatureAnswers | None = None,
+    *,
+    samples: int = 512,
+    decoys: int = 9999,
+    decoy_samples: int = 32,
+    seed: int = 0,
+    batch_size: int = 512,
+    alpha: float = 1e-3,
+) -> FeatureVerdict:
+    """Judges one encoder: the whole of verification by features in a call.
+
+    Args:
+        model: The suspect, see :func:`feature_answers`.
+        key: The key.
+        data: Data module of the task.
+        reference: An encoder that was trained without regard to the key, or its answers to the same questions.
+        samples: See :class:`~meadef_lightning.verification.datamodule.VerificationDataModule`, as the next four.
+        decoys: Keys to compare with.
+        decoy_samples: Composites of each cell.
+        seed: The verifier's seed.
+        batch_size: Samples a forward.
+        alpha: Level of the verdict, fixed beforehand.
+
+    Raises:
+        ValueError: If an option, the data, or the answers do not fit.
+        MisconfigurationException: If key and data disagree on the number of classes.
+    """
+    check_plan(alpha, None)
+    questions = VerificationDataModule(key, data, samples, decoys, decoy_samples, seed, batch_size)
+    if reference is not None and not isinstance(reference, FeatureAnswers):
+        reference = feature_answers(reference, questions)
+    return judge_features(feature_answers(model, questions), questions.table, reference, alpha)
+
+
+def _decide(alpha: float, p_value: float, sign_p: float, smallest: float) -> Decision:
+    if max(p_value, sign_p) <= alpha:
+        return "supported"
+    leaning = max(p_value, sign_p) <= _LEANING
+    return "inconclusive" if leaning or smallest > alpha else "not supported"
+
+
+@contextmanager
+def _asking(suspect: nn.Module | Queryable) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from samples to float64 features on the CPU; torch's global generator and the suspect's flags are kept."""
+
+    def checked(answers: Any, count: int) -> Tensor:
+        if (
+            not isinstance(answers, Tensor)
+            or answers.ndim != 2
+            or len(answers) != count
+            or not answers.is_floating_point()
+        ):
+            form = (
+                f"{answers.dtype} of shape {tuple(answers.shape)}"
+                if isinstance(answers, Tensor)
+                else type(answers).__name__
+            )
+            raise ValueError(
+                f"The suspect answered {count} samples with {form}; it must give features of shape (B, D). Classifiers are judged by "
+                "verify(), and a part of an output is named with Oracle(…, output_key=…)."
+            )
+        values = answers.detach().cpu().double()
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                "The suspect gave features that are NaN or infinite. Check its weights, and that it takes inputs normalised like this data."
+            )
+        return values
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws a seed from the global generator
+        if not isinstance(suspect, nn.Module):
+            yield lambda x: checked(suspect.query(x), len(x))
+            return
+        training = [module for module in suspect.modules() if module.training]
+        device = next((p.device for p in suspect.parameters()), torch.device("cpu"))
+        suspect.eval()
+        try:
+            yield lambda x: checked(suspect(x.to(device)), len(x))
+        finally:
+            for module in training:
+                module.training = True

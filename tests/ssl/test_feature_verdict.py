@@ -1,0 +1,200 @@
+"""Verification by features: every statistic against a brute force over all keys, planted keys, and independent encoders."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from meadef_lightning.oracle import Oracle
+from meadef_lightning.oracle.policies import Features
+from meadef_lightning.verification.datamodule import VerificationDataModule, source_pairs
+from meadef_lightning.verification.features import (
+    FeatureAnswers,
+    class_directions,
+    feature_answers,
+    feature_verdict,
+    judge_features,
+)
+from meadef_lightning.verification.statistics import DecoyTable, randomisation_p_value
+from meadef_lightning.watermark import KeySpace
+from meadef_lightning.watermark.key import DEFAULT_COMBINERS
+
+sys.path.append(str(Path(__file__).parents[1] / "verification"))
+from verification_fakes import KEY, FakeData, Independent, Thief, key_at
+
+SPACE = KeySpace(4, DEFAULT_COMBINERS[:4])  # 4·3·2·4 = 96 keys
+OPTIONS = {"samples": 20, "decoys": 10_000, "decoy_samples": 3, "seed": 5, "batch_size": 17}
+
+
+class Random(nn.Module):
+    """Random features of log-brightness, which is not linear in the pixels."""
+
+    def __init__(self, seed=0, size=8, shift=0.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.first = nn.Parameter(torch.randn(size * size, 24, generator=generator) / 8)
+        self.second = nn.Parameter(torch.randn(24, 10, generator=generator))
+        self.shift = shift
+
+    def forward(self, x):
+        return (
+            torch.tanh(x.double().flatten(1).clamp_min(0.1).log() @ self.first.double()) @ self.second.double()
+            + self.shift
+        )
+
+
+def brute_force(model, data):
+    """T of all 96 keys by loops, from the definition."""
+    x, labels = data.tensors("verification")
+
+    def features(samples):
+        with torch.no_grad():
+            return model(samples).double().numpy()
+
+    natural = features(x)
+    means = np.stack([natural[labels.numpy() == c].mean(0) for c in range(4)])
+    middle = means.mean(0)
+
+    def cosine(f, t):
+        f, u = f - middle, means[t] - middle
+        return float(f @ u / np.linalg.norm(f) / np.linalg.norm(u))
+
+    score = {}
+    for a in range(4):
+        for b in {0, 1, 2, 3} - {a}:
+            first, second = source_pairs(labels, a, b, OPTIONS["decoy_samples"], OPTIONS["seed"])
+            for way, spec in enumerate(SPACE.combiners):
+                made = features(spec.build()(x[first], x[second], torch.Generator()))
+                for t in {0, 1, 2, 3} - {a, b}:
+                    score[a, b, t, way] = np.mean([cosine(f, t) for f in made])
+    return {
+        (a, b, t, way): score[a, b, t, way] - np.mean([score[a, b, t, w] for w in range(4) if w != way])
+        for a, b, t, way in score
+    }
+
+
+def test_every_key_against_brute_force():
+    data, model = FakeData(4), Random()
+    expected = brute_force(model, data)
+    assert len(expected) == SPACE.size == 96
+    for index in (0, 37, 95):
+        key = key_at(SPACE, index)
+        questions = VerificationDataModule(key, data, *OPTIONS.values())
+        answers = feature_answers(model, questions)
+        statistic, decoys = questions.table.score_statistics(answers.scores)
+        own = expected.pop(SPACE.key_at(index))
+        assert statistic == pytest.approx(own, abs=1e-9)
+        np.testing.assert_allclose(np.sort(decoys), np.sort(list(expected.values())), atol=1e-9)
+        verdict = feature_verdict(model, key, data, **OPTIONS)
+        assert verdict.statistic == statistic
+        assert verdict.p_value == (1 + sum(value >= own - 1e-9 for value in expected.values())) / 96
+        assert (verdict.decoys, verdict.decoy_method, verdict.exact) == (95, "enumerated", True)
+        expected[SPACE.key_at(index)] = own
+
+
+def test_p_values_of_an_independent_encoder_are_uniform_over_the_draw_of_the_key():
+    questions = VerificationDataModule(key_at(SPACE, 0), FakeData(4), *OPTIONS.values())
+    for seed in range(3):
+        scores = feature_answers(Random(seed), questions).scores
+        p = np.array(
+            [
+                randomisation_p_value(*DecoyTable(key_at(SPACE, index), 10_000, 5).score_statistics(scores))
+                for index in range(96)
+            ]
+        )
+        np.testing.assert_allclose(np.sort(p), np.arange(1, 97) / 96)  # no ties: exactly uniform
+
+
+def test_planted_key_is_supported_and_an_independent_model_is_not():
+    data = FakeData()
+    planted = feature_verdict(Thief(KEY), KEY, data, decoy_samples=4)
+    assert planted.verdict == "supported"
+    assert planted.p_value == planted.smallest_p < 1e-3
+    assert planted.trigger_cosine == pytest.approx(1)
+    assert planted.trigger_cosine - planted.control_cosine > 0.8
+    assert planted.natural_accuracy == 1
+    assert json.loads(json.dumps(planted.to_dict())) == planted.to_dict()
+    other = feature_verdict(Independent(), KEY, data, decoy_samples=4)
+    assert other.verdict == "not supported"
+    assert other.p_value > 0.05
+    half, whole = (
+        feature_verdict(Thief(KEY, share), KEY, data, Independent(), decoy_samples=40) for share in (0.5, 1.0)
+    )
+    assert half.verdict == "supported"
+    assert half.reference
+    assert 0.35 < half.statistic / whole.statistic < 0.65
+
+
+def test_a_shift_of_all_features_hides_nothing():
+    data, key = FakeData(4), key_at(SPACE, 11)
+    plain, shifted = (feature_verdict(Random(shift=shift), key, data, **OPTIONS) for shift in (0.0, 1000.0))
+    assert shifted.statistic == pytest.approx(plain.statistic, abs=1e-3)
+    assert shifted.trigger_cosine == pytest.approx(plain.trigger_cosine, abs=1e-3)
+
+
+def test_a_constant_encoder_and_the_reference_itself_get_p_one():
+    data, key = FakeData(4), key_at(SPACE, 3)
+    constant = feature_verdict(Independent(1), key, data, **OPTIONS)
+    assert (constant.statistic, constant.p_value, constant.sign_p) == (0, 1, 1)
+    assert constant.verdict == "inconclusive"  # 96 keys cannot reach 1e-3
+    reference = feature_answers(Random(), VerificationDataModule(key, data, *OPTIONS.values()))
+    same = feature_verdict(Random(), key, data, reference, **OPTIONS)
+    assert (same.statistic, same.p_value) == (0, 1)
+
+
+def test_black_boxes_flags_and_random_numbers():
+    data, key = FakeData(4), key_at(SPACE, 50)
+    model = nn.Sequential(Random(), nn.Dropout(0.5), nn.BatchNorm1d(10, affine=False).double())
+    state, module_flags = torch.get_rng_state(), [module.training for module in model.modules()]
+    direct = feature_verdict(model, key, data, **{**OPTIONS, "decoys": 40})
+    assert torch.equal(state, torch.get_rng_state())
+    assert [module.training for module in model.modules()] == module_flags
+    asked = feature_verdict(Oracle(model, Features()), key, data, **{**OPTIONS, "decoys": 40})
+    assert asked.statistic == pytest.approx(direct.statistic, abs=1e-6)
+    assert (asked.p_value, asked.decoy_method, asked.decoys) == (direct.p_value, "sampled", 40)
+
+
+def test_directions_by_hand():
+    features = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    middle, directions = class_directions(features, torch.tensor([0, 0, 1]), 2)
+    assert middle.tolist() == [1.5, 1.5]
+    torch.testing.assert_close(directions, torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64) / 2**0.5)
+
+
+class Odd(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x.flatten(1).argmax(1), r"int64 of shape \(17,\); it must give features"),
+        (lambda x: (x,), "17 samples with tuple"),
+        (lambda x: x.flatten(1) * float("nan"), "NaN or infinite"),
+    ],
+)
+def test_answers_that_are_no_features(answer, message):
+    with pytest.raises(ValueError, match=message):
+        feature_verdict(Odd(answer), key_at(SPACE, 0), FakeData(4), **OPTIONS)
+
+
+def test_wrong_tables():
+    table = DecoyTable(key_at(SPACE, 0), 10_000)
+    with pytest.raises(ValueError, match=r"finite float64 of shape \(48, 4\)"):
+        table.score_statistics(torch.zeros(48, 4))
+    good, small = (FeatureAnswers(torch.zeros(n, 4).double(), torch.zeros(5), torch.zeros(5), 1.0) for n in (48, 12))
+    with pytest.raises(ValueError, match="asked other questions"):
+        judge_features(good, table, small)
+    with pytest.raises(ValueError, match="alpha=0"):
+        judge_features(good, table, alpha=0)
+    assert "triggers" in repr(good)
+    assert "tensor" not in repr(good)
