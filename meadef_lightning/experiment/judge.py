@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -18,11 +15,13 @@ from meadef_lightning.experiment.artifacts import make_directory, write_json_ato
 from meadef_lightning.experiment.gallery import verdict_figure
 from meadef_lightning.experiment.render import format_p
 from meadef_lightning.experiment.spec import VerificationSpec
-from meadef_lightning.experiment.stages import MODEL, read_weights
-from meadef_lightning.oracle import HTTPOracle, QueryLedger
+from meadef_lightning.experiment.suspects import describes_itself, load_suspect, open_suspect
+from meadef_lightning.experiment.tracking import Tracking
+from meadef_lightning.oracle import BlackBox
 from meadef_lightning.quiet import quiet
 from meadef_lightning.verification import Verdict, verify
-from meadef_lightning.victims.classifier import Classifier
+from meadef_lightning.verification.callback import Queryable
+from meadef_lightning.verification.labels import RelabelledModule, relabelled
 from meadef_lightning.watermark import WatermarkKey
 
 if TYPE_CHECKING:
@@ -45,83 +44,43 @@ def verify_parser(**kwargs: Any) -> ArgumentParser:
         "--suspect",
         type=str,
         required=True,
-        help="A stage directory of `meadef run`, a Lightning checkpoint or state dict (weights are read without unpickling code), "
-        "a TorchScript file (*.torchscript, *.ts), or the URL of a server started by `meadef serve` (the key is read from MEADEF_API_KEY; "
-        "answers are kept in the output directory, so that nothing is asked twice).",
+        help="One of: a stage directory of `meadef run`; a Lightning checkpoint or state dict (weights are read without unpickling "
+        "code); an ONNX file (*.onnx; needs the extra `onnx`); with --trust_code a TorchScript (*.torchscript, *.ts) or torch.export "
+        "(*.pt2) file, or python:package.module:function, which answers a batch of images; the URL of a server started by `meadef "
+        "serve` (the key is read from MEADEF_API_KEY); or a YAML whose `http:` declares how somebody else's service is asked (see "
+        "meadef_lightning.oracle.mapping). Answers of services are kept in the output directory, so that nothing is asked twice.",
     )
     parser.add_argument(
         "--model",
         type=str,
-        help="YAML whose `model:` names the suspect's class_path and init_args. Default: the config.yaml in or above the suspect's "
-        "directory; read it before you trust it, since it names classes to import.",
+        help="YAML that describes a suspect's file. `model:` names the class_path and init_args that weights belong to (default: the "
+        "config.yaml in or above the suspect's directory; read it before you trust it, since it names classes to import). For any "
+        "file, `input:` declares what the suspect takes if not images as the data module normalises them (channels, size, scale, mean, "
+        "std, channels_last), and `output:` where the answers are if it gives several.",
+    )
+    parser.add_argument(
+        "--trust_code",
+        action="store_true",
+        help="Load suspects that can execute code while they are loaded or asked: TorchScript, torch.export, Python functions. For those "
+        "from an opponent, only in a container without secrets.",
+    )
+    parser.add_argument(
+        "--align_labels",
+        action="store_true",
+        help="The suspect may number the classes in another order, or answer several with one label: find out which label stands for "
+        "what from its answers to natural test samples, before anything else is asked. Refuses where these tell too little.",
     )
     parser.add_argument(
         "--reference",
         type=str,
-        help="A model trained without regard to the key (like --suspect); every key is compared above what it answers, which makes the "
-        "test more powerful.",
+        help="A model trained without regard to the key (a file, described by the config.yaml beside it or else by --model); every key is "
+        "compared above what it answers, which makes the test more powerful.",
     )
     parser.add_subclass_arguments(SplitDataModule, "data", required=True)
     parser.add_class_arguments(VerificationSpec, "verification")
     parser.add_argument("--output", type=str, default="runs/verify", help="Directory of evidence.json and the figure.")
+    Tracking.add_arguments(parser)
     return parser
-
-
-def load_suspect(path: Path, model: Path | None, data: SplitDataModule) -> nn.Module:
-    """Loads a suspect from a stage directory, a checkpoint or a TorchScript file.
-
-    Args:
-        path: The suspect.
-        model: YAML with a ``model:`` section, or ``None`` to look beside the checkpoint.
-        data: Data module that tells the sizes of the network.
-
-    Returns:
-        The suspect in eval mode, on CPU.
-
-    Raises:
-        MisconfigurationException: If something is missing, damaged or unsafe.
-    """
-    checkpoint = path / MODEL if path.is_dir() else path
-    if not checkpoint.is_file():
-        raise MisconfigurationException(
-            f"There is no suspect at {checkpoint}. Give a stage directory of `meadef run`, or the path of a checkpoint."
-        )
-    if checkpoint.suffix in (".torchscript", ".ts"):
-        try:
-            scripted: nn.Module = torch.jit.load(checkpoint, map_location="cpu")  # type: ignore[no-untyped-call, unused-ignore]
-            return scripted.eval()
-        except RuntimeError as error:
-            raise MisconfigurationException(f"{checkpoint} is not a TorchScript file that can be read.") from error
-    if model is None:
-        beside = [parent / "config.yaml" for parent in (path, *list(checkpoint.absolute().parents)[:2])]
-        model = next((file for file in beside if file.is_file()), None)
-        if model is None:
-            raise MisconfigurationException(
-                f"Found no config.yaml beside {checkpoint} that says which model it is. Give one with --model: a YAML with "
-                "model: {class_path: ..., init_args: {...}}."
-            )
-    suspect = _build(model)
-    if isinstance(suspect, Classifier):
-        suspect.build_network(data.num_classes, data.image_shape[0])
-    return read_weights(suspect, checkpoint)
-
-
-def _build(file: Path) -> LightningModule:
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    try:
-        section = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MisconfigurationException(f"Cannot read the model's configuration {file}: {error}") from error
-    if not isinstance(section, Mapping) or not isinstance(section.get("model"), Mapping):
-        raise MisconfigurationException(f"{file} has no `model:` section with class_path and init_args.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model", required=True)
-    try:
-        built: LightningModule = parser.instantiate(parser.parse_object({"model": dict(section["model"])})).model
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise MisconfigurationException(f"The model in {file} cannot be built: {error}") from error
-    return built
 
 
 def verdict_table(verdict: Verdict) -> Table:
@@ -157,16 +116,33 @@ def judge_suspect(options: Namespace) -> Verdict:
             f"The key is for {key.num_classes} classes, the data has {data.num_classes}. Use the data the key was made for."
         )
     model = Path(options.model) if options.model else None
-    suspect: nn.Module | HTTPOracle
-    if options.suspect.startswith(("http://", "https://")):
-        suspect = HTTPOracle(options.suspect, ledger=QueryLedger(output / "queries.sqlite"))
-    else:
-        suspect = load_suspect(Path(options.suspect), model, data)
+    suspect: nn.Module | BlackBox | Queryable = open_suspect(
+        options.suspect,
+        model,
+        data,
+        output / "queries.sqlite",
+        trust_code=options.trust_code,
+        any_labels=options.align_labels,
+    )
+    labels = None
     settings = asdict(VerificationSpec(**options.verification.as_dict()))
     with quiet():
+        if options.align_labels:
+            suspect, labels = relabelled(
+                suspect,
+                data.tensors("test"),
+                data.num_classes,
+                batch_size=settings["batch_size"],
+                device="cuda" if torch.cuda.is_available() else "cpu",
+            )
+            write_json_atomic(output / "labels.json", labels.to_dict())
         reference = None
         if options.reference:
-            known = load_suspect(Path(options.reference), model, data)
+            path = Path(options.reference)
+            described = None if describes_itself(path) else model
+            known = load_suspect(path, described, data, trust_code=options.trust_code)
+            if labels is not None and labels.merged:
+                known = RelabelledModule(known, labels.coarsening())
             _, reference = verify(known, key, data, progress_bar=True, **settings)
         verdict, responses = verify(
             suspect,
@@ -179,9 +155,16 @@ def judge_suspect(options: Namespace) -> Verdict:
         )
     write_json_atomic(output / "verdict.json", verdict.to_dict())
     figure = verdict_figure(responses, verdict, key, "suspect", output / "figures")
+    config = options.clone()
+    tracking = Tracking.pop(config)
+    config.pop("config", None)  # the files' names; what they say is in the rest
+    tracker = tracking.tracker(output, "verify", config.as_dict())
+    tracker.verdict(Path(options.suspect).name, verdict, output, key)
     console = Console()
     console.print(verdict_table(verdict))
     console.print(verdict.reason)
+    if labels is not None:
+        console.print(labels.describe())
     for note in verdict.notes:
         console.print(f"Note: {note}")
     console.print(f"Evidence: {output / 'evidence.json'}, {figure}", soft_wrap=True)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.experiment.artifacts import make_directory, write_text_atomic
-from meadef_lightning.experiment.judge import load_suspect
+from meadef_lightning.experiment.suspects import load_suspect
 from meadef_lightning.extraction.pools import pixel_range
 from meadef_lightning.oracle import Policy
 from meadef_lightning.oracle.clients import ServerLimits, read_api_keys
@@ -42,7 +42,13 @@ def serve_parser(**kwargs: Any) -> ArgumentParser:
         type=str,
         required=True,
         help="A stage directory of `meadef run`, a Lightning checkpoint or state dict (weights are read without unpickling code), "
-        "or a TorchScript file (*.torchscript, *.ts).",
+        "an ONNX file (*.onnx; needs the extra `onnx`), or with --trust_code a TorchScript (*.torchscript, *.ts) or torch.export (*.pt2) "
+        "file.",
+    )
+    parser.add_argument(
+        "--trust_code",
+        action="store_true",
+        help="Load formats that can execute code while they are loaded.",
     )
     parser.add_argument(
         "--model",
@@ -143,10 +149,16 @@ def serve(options: Namespace) -> None:
     data.prepare_data()
     keys, source = find_api_keys(options.api_keys, output)
     app = create_app(
-        load_suspect(Path(options.checkpoint), Path(options.model) if options.model else None, data),
+        load_suspect(
+            Path(options.checkpoint),
+            Path(options.model) if options.model else None,
+            data,
+            trust_code=options.trust_code,
+        ),
         policy,
         image_shape=data.image_shape,
-        num_classes=data.num_classes,
+        # an encoder's answers are as wide as its features
+        num_classes=None if policy is not None and policy.kind == "feature" else data.num_classes,
         api_keys=keys,
         directory=output,
         limits=built.limits,

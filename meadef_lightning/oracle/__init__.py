@@ -10,6 +10,7 @@ from meadef_lightning.oracle.oracle import Oracle
 from meadef_lightning.oracle.policies import (
     AnswerKind,
     Compose,
+    Features,
     HardLabel,
     Policy,
     Rounded,
@@ -25,6 +26,7 @@ __all__ = [
     "BlackBox",
     "BudgetExceededError",
     "Compose",
+    "Features",
     "HTTPOracle",
     "HardLabel",
     "LedgerError",

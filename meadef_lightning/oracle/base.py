@@ -52,7 +52,8 @@ class BlackBox(ABC):
             progress: Called after each batch with the number of rows answered, to drive a progress bar.
 
         Returns:
-            On the device of ``x``: ``(B, K)`` float32 probabilities, or ``(B,)`` int64 classes for hard labels.
+            On the device of ``x``: ``(B, K)`` float32 probabilities, ``(B, D)`` float32 features, or ``(B,)`` int64 classes for
+            hard labels.
 
         Raises:
             ValueError: If ``x`` has another form, or the victim's answers are not ``(B, K)`` and finite.

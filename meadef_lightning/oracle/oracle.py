@@ -22,8 +22,9 @@ class Oracle(BlackBox):
     training flag is put back. Inputs go to where the victim lies, answers come back to where the input lay.
 
     Args:
-        victim: Any module that maps ``(B, C, H, W)`` inputs, in its own (normalised) input space, to ``(B, K)`` logits.
-        policy: What is given away; `Soft` by default.
+        victim: Any module that maps ``(B, C, H, W)`` inputs, in its own (normalised) input space, to ``(B, K)`` logits, or an
+            encoder that maps them to ``(B, D)`` features.
+        policy: What is given away; `Soft` by default. An encoder needs `Features`.
         ledger: Counts, budget and cache; by default without a limit, in memory. It is tied to this victim and policy.
         batch_size: Most inputs forwarded at once, and the unit that is paid for and stored as a whole.
         device: Where to move the victim, once and for good. By default it stays where it is.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -30,12 +31,12 @@ class Policy(nn.Module):
         kind: What the answers are. ``"soft"`` and ``"topk"`` are ``(B, K)`` float32 probabilities, ``"hard"`` is ``(B,)`` int64
             classes, ``"feature"`` is ``(B, D)`` float32 features of an encoder.
         takes: Values the stage accepts. A stage that takes probabilities but not logits gets the softmax of logits.
-        gives: Values the stage produces.
+        gives: Values the stage produces; ``None`` for those it was given, as `Rounded`.
     """
 
     kind: AnswerKind = "soft"
     takes: tuple[Domain, ...] = ("probabilities",)
-    gives: Domain = "probabilities"
+    gives: Domain | None = "probabilities"
 
     @property
     def stages(self) -> tuple["Policy", ...]:
@@ -58,16 +59,16 @@ class Policy(nn.Module):
         """Turn logits into the answers a client sees.
 
         Args:
-            logits: ``(B, K)`` floating point.
+            logits: The victim's output, ``(B, K)`` floating point: logits, or an encoder's features.
 
         Returns:
-            ``(B, K)`` float32 probabilities, or ``(B,)`` int64 classes; see `kind`.
+            ``(B, K)`` float32 probabilities or features, or ``(B,)`` int64 classes; see `kind`.
         """
         values, domain = logits.float(), _FIRST
         for stage in self.stages:
             if domain == "logits" and domain not in stage.takes:
-                values = values.softmax(dim=-1)
-            values, domain = stage.transform(values), stage.gives
+                values, domain = values.softmax(dim=-1), "probabilities"
+            values, domain = stage.transform(values), stage.gives or domain
         return values.softmax(dim=-1) if domain == "logits" else values
 
     def config(self) -> dict[str, Any]:
@@ -176,10 +177,30 @@ class TopK(Policy):
         return torch.zeros_like(values).scatter_(-1, kept.indices, kept.values)
 
 
-class Rounded(Policy):
-    """Round probabilities to a number of decimals, half to even.
+class Features(Policy):
+    """An encoder's output as it is, ``(B, D)`` float32: what an embedding service answers. Only `Rounded` may follow.
 
-    Rows need not sum to one any more, and with few decimals a row may be all zero: that is what the client gets.
+    Args:
+        normalise: Whether rows are divided by their L2 norm, as most embedding services do; a row of zeros stays one.
+    """
+
+    kind = "feature"
+    takes = ("logits",)
+    gives = "features"
+
+    def __init__(self, normalise: bool = False) -> None:
+        super().__init__()
+        self.normalise = normalise
+
+    @override
+    def transform(self, values: Tensor) -> Tensor:
+        return F.normalize(values, dim=-1) if self.normalise else values
+
+
+class Rounded(Policy):
+    """Round probabilities, or features, to a number of decimals, half to even.
+
+    Rows of probabilities need not sum to one any more, and with few decimals a row may be all zero: that is what the client gets.
 
     Args:
         decimals: Decimals kept, 0 to 7 (float32 holds no more).
@@ -187,6 +208,9 @@ class Rounded(Policy):
     Raises:
         ValueError: If ``decimals`` is out of range.
     """
+
+    takes = ("probabilities", "features")
+    gives = None
 
     def __init__(self, decimals: int) -> None:
         super().__init__()
@@ -219,7 +243,8 @@ class Compose(Policy):
 
     Raises:
         ValueError: If the chain is empty, or a policy does not take what the one before it gives: `Temperature` and `Soft`
-            take logits and come before `TopK` and `Rounded`, and nothing follows `HardLabel`.
+            take logits and come before `TopK` and `Rounded`, `Features` comes first with at most `Rounded` behind it, and nothing
+            follows `HardLabel`.
     """
 
     def __init__(self, policies: Sequence[Policy]) -> None:
@@ -232,13 +257,17 @@ class Compose(Policy):
             if given not in stage.takes and not (given == "logits" and "probabilities" in stage.takes):
                 raise ValueError(
                     f"{stage} takes {' or '.join(stage.takes)}, but {giver} before it gives {given}. Order the policies as "
-                    "Temperature, Soft, TopK, Rounded, HardLabel."
+                    "Temperature, Soft, TopK, Rounded, HardLabel, or as Features, Rounded."
                 )
-            giver, given = str(stage), stage.gives
+            if stage.gives is not None:
+                given = stage.gives
+            elif given == "logits":
+                given = "probabilities"  # the softmax was put in
+            giver = str(stage)
         self._chain = nn.ModuleList(chain)
         self.takes, self.gives = chain[0].takes, given
         kinds = [stage.kind for stage in chain]
-        self.kind = kinds[-1] if given in ("labels", "features") else "topk" if "topk" in kinds else "soft"
+        self.kind = next((kind for kind in ("hard", "feature", "topk") if kind in kinds), "soft")
 
     @property
     @override

@@ -258,7 +258,7 @@ def create_app(
     policy: Policy | None = None,
     *,
     image_shape: tuple[int, int, int],
-    num_classes: int,
+    num_classes: int | None = None,
     api_keys: Mapping[str, str],
     directory: Path | str,
     limits: ServerLimits | None = None,
@@ -272,7 +272,8 @@ def create_app(
         victim: See `Oracle`, as ``output_key`` and ``device``. It should not be trained while it is served.
         policy: What is given away, the same to all clients; `Soft` by default.
         image_shape: Channels, height and width of a query.
-        num_classes: Width of the victim's answers; checked at once, by asking it about a black image.
+        num_classes: Width of the victim's answers: classes, or features of an encoder. A black image, asked at once, checks it,
+            or tells it if None.
         api_keys: API key of each client (16 or more visible ASCII characters), by the client's name. Only digests are kept.
         directory: Folder of the clients' ledgers, ``NAME.sqlite``, which are continued where they exist.
         limits: What each client may ask.
@@ -301,13 +302,14 @@ def create_app(
             answers = Oracle(victim, output_key=output_key).query(zeros)
     except RuntimeError as error:
         raise ValueError(f"The victim does not take images of shape {tuple(image_shape)}: {error}") from error
-    if answers.shape[1] != num_classes:
+    width = answers.shape[1]
+    if num_classes not in (None, width):
         raise ValueError(
-            f"The victim answers with {answers.shape[1]} classes, but num_classes is {num_classes}; give the right number."
+            f"The victim answers with {width} classes, but num_classes is {num_classes}; give the right number."
         )
     clients = Clients(victim, policy, output_key, api_keys, Path(directory), limits)
-    channels, height, width = image_shape  # a list, if it comes from a file
-    service = _Service(clients, limits, (channels, height, width), num_classes, value_range)
+    channels, rows, columns = image_shape  # a list, if it comes from a file
+    service = _Service(clients, limits, (channels, rows, columns), width, value_range)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -6,8 +6,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 import urllib3
@@ -87,49 +87,73 @@ class _Secret:
         return "***"
 
 
-class Transport:
-    """Asks one server, with an API key, for JSON objects.
+class Channel:
+    """Asks one server for JSON. A subclass says what is sent along, and what is an answer.
 
     Args:
-        url: Address of the server.
-        api_key: API key; the environment variable MEADEF_API_KEY if None.
+        url: Address of the server, checked.
+        secrets: What messages never show, even if the server repeats it.
         timeout: Seconds to wait for a connection, between two parts of an answer, and for an answer's body as a whole.
         retries: How often a request is repeated, at most.
         backoff: Seconds before the first repetition; doubled each time, and shortened at random by up to a half.
 
+    Attributes:
+        stranger: What to think of an answer that cannot be one.
+        remedies: What to do about a status.
+
     Raises:
-        ValueError: If an argument is out of range, or there is no API key that can be sent; the message never shows it.
+        ValueError: If a number is out of range.
     """
 
-    def __init__(self, url: str, api_key: str | None, timeout: float, retries: int, backoff: float) -> None:
+    stranger: ClassVar[str] = "This is no such server, or a hostile one."
+    remedies: ClassVar[Mapping[int, str]] = {}
+
+    def __init__(self, url: str, secrets: Sequence[str], timeout: float, retries: int, backoff: float) -> None:
         if retries < 0 or not 0 < timeout < float("inf") or not 0 <= backoff < float("inf"):
             raise ValueError(
                 f"retries={retries} and backoff={backoff} must not be negative, timeout={timeout} must be positive and finite."
             )
-        self.url = _checked_url(url)
-        api_key = os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key
-        if not re.fullmatch(r"[!-~]+", api_key):
-            raise ValueError(
-                f"{self.url} needs an API key of visible ASCII characters, but it is {'not such' if api_key else 'missing'}. Set the "
-                f"environment variable {KEY_VARIABLE}, or give api_key."
-            )
+        self.url = url
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self._key = _Secret(api_key)
+        self._secrets = tuple(_Secret(secret) for secret in secrets)
         self._pool: urllib3.PoolManager | None = None
+
+    def address(self, path: str) -> str:
+        """Where a request goes."""
+        return f"{self.url}/{path}"
+
+    def method(self, body: bytes | None) -> str:
+        """The HTTP method of a request."""
+        return "GET" if body is None else "POST"
+
+    def headers(self, body: bytes | None) -> dict[str, str]:
+        """What is sent along with a request."""
+        return {} if body is None else {"Content-Type": "application/json"}
+
+    def complaint(self, value: Any, kind: str) -> tuple[str, str] | None:
+        """What is wrong with an answer, and the remedy; None if nothing is.
+
+        Args:
+            value: The answer's JSON; None if it is no JSON.
+            kind: The answer's media type.
+        """
+        if value is not None:
+            return None
+        return f"the answer ({kind[:60]!r}) is no JSON", "Check the address."
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}  # connections belong to one process
 
-    def exchange(self, path: str, body: bytes | None, most: int) -> dict[str, Any]:
+    def exchange(self, path: str, body: bytes | None, most: int) -> Any:
         """Send a request, again if need be.
 
         Args:
             path: Where to, below the URL.
-            body: JSON to post; without it, the request is a GET.
+            body: What to post; without it, the request is a GET.
             most: Bytes that the answer may have.
 
         Returns:
-            The answer, a JSON object.
+            The answer, JSON values.
 
         Raises:
             OracleHTTPError: If there is no such answer.
@@ -155,21 +179,18 @@ class Transport:
 
     def error(self, path: str, problem: str, remedy: str, status: int | None = None) -> OracleHTTPError:
         """The error for a request that failed for good."""
-        where = f"{self.url}/{path}" + ("" if status is None else f" (status {status})")
+        where = self.address(path) + ("" if status is None else f" (status {status})")
         return OracleHTTPError(f"{where}: {problem}. {remedy}", status)
 
-    def _once(self, path: str, body: bytes | None, most: int) -> dict[str, Any]:
+    def _once(self, path: str, body: bytes | None, most: int) -> Any:
         if self._pool is None:
             self._pool = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(self.timeout, self.timeout))
-        headers = {"Authorization": f"Bearer {self._key.value}", "Accept-Encoding": "identity"}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
         try:
             response = self._pool.request(
-                "GET" if body is None else "POST",
-                f"{self.url}/{path}",
+                self.method(body),
+                self.address(path),
                 body=body,
-                headers=headers,
+                headers={**self.headers(body), "Accept-Encoding": "identity"},
                 preload_content=False,
                 redirect=False,
             )
@@ -186,14 +207,12 @@ class Transport:
             raise self.error(
                 path,
                 f"the answer is longer than the {most} bytes it may have",
-                "This is no meadef oracle, or a hostile one.",
+                self.stranger,
             )
         value = _parsed(content)
-        kind = response.headers.get("Content-Type", "")
-        if not isinstance(value, dict) or kind.partition(";")[0].strip().lower() != "application/json":
-            raise self.error(
-                path, f"the answer ({kind[:60]!r}) is no JSON object", "Check that the URL is a meadef oracle's."
-            )
+        complaint = self.complaint(value, response.headers.get("Content-Type", ""))
+        if complaint is not None:
+            raise self.error(path, *complaint)
         return value
 
     def _read(self, response: urllib3.BaseHTTPResponse, most: int) -> bytes:
@@ -219,8 +238,10 @@ class Transport:
     def _failure(self, path: str, status: int, headers: Mapping[str, str], value: Any) -> Exception:
         """The exception for a status other than 200."""
         detail = value.get("error") if isinstance(value, dict) else None
-        detail = detail if isinstance(detail, dict) else {}
-        message = str(detail.get("message", "")).replace(self._key.value, "***")
+        detail = {"message": detail} if isinstance(detail, str) else detail if isinstance(detail, dict) else {}
+        message = str(detail.get("message", ""))
+        for secret in self._secrets:
+            message = message.replace(secret.value, "***")
         said = (
             "".join(c if c.isprintable() else " " for c in message[:300]).rstrip(".") or "the server does not say why"
         )
@@ -234,18 +255,55 @@ class Transport:
             numbers = [detail.get(name) for name in ("budget", "spent", "asked")]
             if all(type(number) is int and number >= 0 for number in numbers):
                 return ServerBudgetExceededError(*numbers, url=self.url)  # type: ignore[arg-type, misc]
-        remedy = {
-            401: f"Check the API key: environment variable {KEY_VARIABLE}, or api_key.",
-            403: f"Check the API key: environment variable {KEY_VARIABLE}, or api_key.",
-            404: "Check the address: there is no meadef oracle.",
-            413: "Lower batch_size.",
-        }.get(status, "Check the address and the queries.")
+        remedy = self.remedies.get(status, "Check the address and the queries.")
         if 300 <= status < 400:
             said, remedy = (
                 "it redirects, which is not followed, lest the API key goes astray",
                 "Give the final address.",
             )
         return self.error(path, said, remedy, status)
+
+
+class Transport(Channel):
+    """Asks one of our servers, with an API key, for JSON objects.
+
+    Args:
+        url: Address of the server.
+        api_key: API key; the environment variable MEADEF_API_KEY if None.
+        timeout: See `Channel`, as the next two.
+        retries: See `Channel`.
+        backoff: See `Channel`.
+
+    Raises:
+        ValueError: If an argument is out of range, or there is no API key that can be sent; the message never shows it.
+    """
+
+    stranger = "This is no meadef oracle, or a hostile one."
+    remedies: ClassVar = {
+        401: f"Check the API key: environment variable {KEY_VARIABLE}, or api_key.",
+        403: f"Check the API key: environment variable {KEY_VARIABLE}, or api_key.",
+        404: "Check the address: there is no meadef oracle.",
+        413: "Lower batch_size.",
+    }
+
+    def __init__(self, url: str, api_key: str | None, timeout: float, retries: int, backoff: float) -> None:
+        api_key = os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key
+        super().__init__(checked_url(url).rstrip("/"), [api_key], timeout, retries, backoff)
+        if not re.fullmatch(r"[!-~]+", api_key):
+            raise ValueError(
+                f"{self.url} needs an API key of visible ASCII characters, but it is {'not such' if api_key else 'missing'}. Set the "
+                f"environment variable {KEY_VARIABLE}, or give api_key."
+            )
+
+    @override
+    def headers(self, body: bytes | None) -> dict[str, str]:
+        return {**super().headers(body), "Authorization": f"Bearer {self._secrets[0].value}"}
+
+    @override
+    def complaint(self, value: Any, kind: str) -> tuple[str, str] | None:
+        if isinstance(value, dict) and kind.partition(";")[0].strip().lower() == "application/json":
+            return None
+        return f"the answer ({kind[:60]!r}) is no JSON object", "Check that the URL is a meadef oracle's."
 
 
 def _parsed(content: bytes) -> Any:
@@ -256,8 +314,18 @@ def _parsed(content: bytes) -> Any:
         return None
 
 
-def _checked_url(url: str) -> str:
-    """The URL without a slash at its end; it may hold no secret, since messages show it."""
+def checked_url(url: str) -> str:
+    """Check an address; it may hold no secret, since messages show it.
+
+    Args:
+        url: ``http[s]://host[:port][/path]``.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If it has another form, or holds a user, a password, a query or a fragment; the message does not show it.
+    """
     remedy = "It must be http[s]://host[:port][/path], of visible ASCII characters and without user, query or fragment."
     try:
         parts = urlsplit(url)
@@ -269,4 +337,4 @@ def _checked_url(url: str) -> str:
         raise ValueError(f"The URL of the oracle cannot be used. {remedy}")
     if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
         rank_zero_warn(f"{url} is not encrypted: everybody on the way can read the API key and the answers. Use https.")
-    return url.rstrip("/")
+    return url

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from meadef_lightning.verification.camouflage import CamouflagedDataModule
 from meadef_lightning.verification.datamodule import Batch, SourceData, VerificationDataModule
 from meadef_lightning.verification.evidence import Evidence, model_fingerprint, tensors_fingerprint
 from meadef_lightning.verification.metrics import as_labels
@@ -25,7 +26,6 @@ OutputKey = int | str | Callable[[Any], Tensor]
 
 # Answers that are none. The maximum over processes keeps them apart: an answer beats "invalid", which beats "not asked".
 INVALID, _MISSING = -1, -2
-_LOADERS = ("trigger", "control", "decoy", "natural")
 
 
 @runtime_checkable
@@ -122,9 +122,10 @@ class SuspectModule(LightningModule):
         """
         x = batch[0]
         classes = self.num_classes or self.trainer.datamodule.num_classes  # type: ignore[attr-defined]
-        return answered_labels(self._select(self(x)), len(x), classes).to(x.device)
+        return answered_labels(self.select(self(x)), len(x), classes).to(x.device)
 
-    def _select(self, output: Any) -> Any:
+    def select(self, output: Any) -> Any:
+        """Takes the answers out of the suspect's output; raises ``ValueError`` where ``output_key`` does not fit it."""
         key = self.output_key
         if key is None:
             return output
@@ -214,7 +215,7 @@ class VerificationCallback(Callback):
         data = self._data(trainer)
         answers = [trainer.strategy.reduce(answer, reduce_op="max").cpu() for answer in self._answers]
         self._answers = []
-        for name, answer in zip(_LOADERS, answers, strict=True):
+        for name, answer in zip(data.loaders, answers, strict=True):
             if missing := int((answer == _MISSING).sum()):
                 raise ValueError(
                     f"{missing} of {len(answer)} {name} samples were not asked. Verification needs all of them: run it without "
@@ -298,12 +299,14 @@ def verify(
     output_key: OutputKey | None = None,
     progress_bar: bool = False,
     accelerator: str = "auto",
+    filler: float = 0.0,
 ) -> tuple[Verdict, Responses]:
     """Judges one suspect on one device: the whole of verification in a call.
 
     Args:
         suspect: A module that maps samples to scores ``(B, K)`` or labels ``(B,)``, or a black box with ``query(x)``. A module is
-            asked in eval mode, and finds itself afterwards where and as it was.
+            asked in eval mode, and finds itself afterwards where and as it was. A black box is asked in a secret order; see
+            :class:`~meadef_lightning.verification.camouflage.CamouflagedDataModule`.
         key: The key.
         data: Data module of the task.
         samples: See :class:`~meadef_lightning.verification.datamodule.VerificationDataModule`, as the next four.
@@ -320,6 +323,7 @@ def verify(
         output_key: Where the answers are in the suspect's output; see :class:`SuspectModule`.
         progress_bar: Whether to show Lightning's progress bar.
         accelerator: Lightning's accelerator.
+        filler: Share of natural filler samples among what a black box is asked.
 
     Returns:
         The verdict, and the answers it rests on.
@@ -329,7 +333,12 @@ def verify(
         MisconfigurationException: If key and data disagree on the number of classes.
         OSError: If the evidence cannot be written.
     """
-    questions = VerificationDataModule(key, data, samples, decoys, decoy_samples, seed, batch_size)
+    asking = (samples, decoys, decoy_samples, seed, batch_size)
+    questions = (
+        VerificationDataModule(key, data, *asking)
+        if isinstance(suspect, nn.Module)
+        else CamouflagedDataModule(key, data, *asking, filler)
+    )
     callback = VerificationCallback(key, alpha, evidence_path, null_statistics, reference)
     devices = {weight.device for weight in suspect.parameters()} if isinstance(suspect, nn.Module) else set()
     with _quiet():

@@ -151,6 +151,9 @@ class VerificationDataModule(LightningDataModule):
         MisconfigurationException: In ``setup``, if key and data disagree on the number of classes.
     """
 
+    loaders: tuple[str, ...] = ("trigger", "control", "decoy", "natural")
+    """What each predict loader holds."""
+
     def __init__(
         self,
         key: WatermarkKey,

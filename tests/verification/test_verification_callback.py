@@ -41,7 +41,10 @@ def predict(suspect, callback, data=None, **options):
 def test_a_perfect_thief_is_supported():
     verdict, responses = verify(Thief(KEY), KEY, FakeData(), **QUICK)
     assert verdict.verdict == "supported"
-    assert (verdict.wsr, verdict.wfpr, verdict.statistic, verdict.natural_accuracy) == (1, 0, 1, 1)
+    assert (verdict.wsr, verdict.wfpr, verdict.natural_accuracy) == (1, 0, 1)
+    assert verdict.statistic == pytest.approx(
+        (1 - 2 / 30) / 5
+    )  # its own cell only, below which the neighbours' mean is 1 / 30
     assert (verdict.decoy_p, verdict.mcnemar_p) == (1 / 1680, 2.0**-60)
     assert responses.trigger.tolist() == [KEY.target_class] * 60
 
@@ -88,7 +91,8 @@ class BlackBox:
 def test_a_black_box_is_asked_through_query_and_judged_alike():
     box = BlackBox(Thief(KEY))
     assert verify(box, KEY, FakeData(), **QUICK)[0] == verify(Thief(KEY), KEY, FakeData(), **QUICK)[0]
-    assert box.rows == 60 + 60 + 42 * 8 * 4 + 84
+    # 4 triggers and 4 controls are decoys, too, and asked once
+    assert box.rows == 60 + 60 + 42 * 8 * 4 + 84 - 2 * 4
 
 
 def test_the_same_seed_gives_the_same_verdict_whatever_the_batches():

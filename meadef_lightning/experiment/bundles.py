@@ -1,0 +1,161 @@
+"""``meadef evidence``: bundle a verdict for a judge, and check such a bundle offline, or with the judge's own images."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import tempfile
+from pathlib import Path
+
+from meadef_lightning.experiment.artifacts import write_text_atomic
+from meadef_lightning.experiment.keys import add_secret, data_module, read_secret, refuse_secrets, say
+from meadef_lightning.verification.bundle import Bundle
+from meadef_lightning.verification.evidence import Evidence, EvidenceError
+from meadef_lightning.verification.signing import load_signing_key
+from meadef_lightning.verification.verdict import Verdict
+from meadef_lightning.watermark.key import WatermarkKey
+
+COMMAND = "command.txt"
+_MAX_BYTES = 1 << 20
+
+
+def evidence_command(arguments: list[str]) -> None:
+    """Runs ``meadef evidence``.
+
+    Args:
+        arguments: What follows it on the command line.
+
+    Raises:
+        EvidenceError: If the evidence or bundle does not hold; the message names what differs.
+        ValueError: If an option does not fit.
+        OSError: If a file cannot be read or written.
+    """
+    options, rest = _parser().parse_known_args(arguments)
+    refuse_secrets(rest)
+    (_bundle if options.action == "bundle" else _check)(options, rest)
+
+
+def record_command(output: Path, program: str, arguments: list[str]) -> None:
+    """Writes the command line beside its results, for the bundle; a password in a URL is left out."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", "", shlex.join([*program.split(), *arguments]))
+    write_text_atomic(output / COMMAND, f"{text}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="meadef evidence", description=__doc__, allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True)
+
+    bundle = actions.add_parser(
+        "bundle",
+        help="put a verdict's evidence, commitment and hashes into one directory or zip file",
+        description="Bundles what meadef verify wrote. With --data and its options (the same as then), the samples that were asked are "
+        "hashed, too.",
+        allow_abbrev=False,
+    )
+    bundle.add_argument("evidence", type=Path, help="Output directory of meadef verify, or its evidence.json.")
+    bundle.add_argument("--key", type=Path, required=True, help="Key file; it seals the bundle and is not put into it.")
+    bundle.add_argument("--output", type=Path, required=True, help="New directory, or zip file if it ends in .zip.")
+    bundle.add_argument("--commitment", type=Path, help="Commitment file of meadef key commit.")
+    bundle.add_argument("--timestamp", type=Path, help="A time-stamping authority's answer (.tsr) for the commitment.")
+    bundle.add_argument("--signing-key", type=Path, help="Private key that signs; see meadef key sign-key.")
+    bundle.add_argument("--disclose-key", action="store_true", help="Put the key itself in. For the judge's eyes only.")
+
+    check = actions.add_parser(
+        "check",
+        help="check a bundle offline; ask the suspect again",
+        description="Checks hashes, seals, signature and commitment of a bundle, and derives its verdict again from the raw answers. With "
+        "--data and its options (as of meadef verify), the triggers are made again. With --suspect, too, and any other option "
+        "of meadef verify, the suspect is asked again with that data: the judge's own images.",
+        allow_abbrev=False,
+    )
+    check.add_argument("bundle", type=Path, help="Bundle directory or zip file, or a bare evidence.json.")
+    check.add_argument("--key", type=Path, help="Key file, unless the bundle discloses the key.")
+    check.add_argument("--signer", help="Public key that must have signed the bundle, 64 hexadecimal digits.")
+    check.add_argument("--output", type=Path, default=Path("runs/recheck"), help="Results of asking again.")
+    add_secret(check)
+    return parser
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"Cannot read the {what} {path}: {error.strerror}.") from error
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"{path} is larger than {_MAX_BYTES} bytes; this is no {what}.")
+    return data
+
+
+def _bundle(options: argparse.Namespace, rest: list[str]) -> None:
+    evidence = options.evidence / "evidence.json" if options.evidence.is_dir() else options.evidence
+    key = WatermarkKey.load(options.key)
+    Evidence.load(evidence)  # names the file where it cannot be used
+    command = evidence.with_name(COMMAND)
+    bundle = Bundle.make(
+        evidence.read_bytes(),
+        key,
+        command=_read(command, "command").decode(errors="replace").strip() if command.is_file() else "",
+        commitment=None if options.commitment is None else _read(options.commitment, "commitment"),
+        timestamp=None if options.timestamp is None else _read(options.timestamp, "time stamp"),
+        data=data_module(rest, "meadef evidence bundle"),
+        disclose_key=options.disclose_key,
+        signing_key=None if options.signing_key is None else load_signing_key(options.signing_key),
+    )
+    bundle.save(options.output)
+    say(f"Bundle: {options.output} ({', '.join(bundle.files)})")
+    if options.disclose_key:
+        say("It holds the key: whoever reads it can avoid or overwrite the watermark.")
+
+
+def _check(options: argparse.Namespace, rest: list[str]) -> None:
+    key = None if options.key is None else WatermarkKey.load(options.key)
+    ask_again = any(word.partition("=")[0] == "--suspect" for word in rest)
+    if options.bundle.suffix == ".json":
+        if key is None or options.signer is not None:
+            raise ValueError("A bare evidence file is checked with --key alone; only a bundle is signed.")
+        evidence = Evidence.load(options.bundle)
+        verdict: Verdict | None = evidence.check(key)
+        notes: tuple[str, ...] = ("The seals hold, and the verdict follows from the raw answers.",)
+    else:
+        bundle = Bundle.load(options.bundle)
+        data = None if ask_again else data_module(rest, "meadef evidence check")
+        findings = bundle.check(key, signer=options.signer, secret=read_secret(options, ask=False), data=data)
+        key, evidence, verdict, notes = key or bundle.disclosed_key(), bundle.evidence, findings.verdict, findings.notes
+    say(*notes)
+    if verdict is not None:
+        say(
+            f"Verdict of the evidence: {verdict.verdict}. {verdict.reason}",
+            *(f"Note: {note}" for note in verdict.notes),
+        )
+    if not ask_again:
+        return
+    if key is None or verdict is None:
+        raise EvidenceError(
+            "The suspect cannot be asked again without the key: give --key, or a bundle that discloses it."
+        )
+    again = _ask_again(evidence, key, options.output, rest)
+    say(
+        f"Verdict of the evidence: {verdict.verdict} (p = {verdict.decoy_p:.2g}, success {verdict.wsr:.1%}).",
+        f"Verdict of asking again: {again.verdict} (p = {again.decoy_p:.2g}, success {again.wsr:.1%}).",
+    )
+
+
+def _ask_again(evidence: Evidence, key: WatermarkKey, output: Path, rest: list[str]) -> Verdict:
+    """Judges the suspect anew as ``meadef verify`` does, with the numbers of the evidence unless the options say otherwise."""
+    from meadef_lightning.experiment.judge import judge_suspect, verify_parser
+
+    procedure, answers = evidence.procedure, evidence.answers
+    numbers = {
+        "alpha": procedure["alpha"],
+        "samples": len(answers["trigger"]),
+        "decoys": procedure["decoys"],
+        "decoy_samples": sum(answers["cells"][0]),
+        "seed": procedure["seed"],
+    }
+    asked = [word for name, value in numbers.items() for word in (f"--verification.{name}", str(value))]
+    with tempfile.TemporaryDirectory() as folder:  # of mode 0700: the key may come from the bundle
+        file = key.save(Path(folder) / "watermark.key.json")
+        arguments = ["--key", str(file), "--output", str(output), *asked, *rest]
+        return judge_suspect(verify_parser(prog="meadef evidence check").parse_args(arguments))

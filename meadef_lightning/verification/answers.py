@@ -1,0 +1,204 @@
+"""One suspect's answers to the questions of *every* key, asked once: for studies of verification itself.
+
+A verification asks about one key. Whoever measures false claims needs thousands of keys for each of many models, and the questions
+overlap: trigger i of the key (a, b, t, c) is pair i of the classes a and b combined in way c, whatever t is, its control is the same
+pair combined in another way, and a cell's samples are the first of these pairs again. So one table, source pairs × ways × samples,
+holds the answers to all questions of all keys of a space, and :meth:`AnswerTable.responses` takes from it exactly what
+:func:`~meadef_lightning.verification.verify` would have asked.
+
+**Cost.** (ordered source pairs) · ways · samples forwards: 72,000 for ten classes, eight ways and 100 samples.
+
+**Pitfalls.** A way that draws random numbers draws others in another batch, so only with ways that do not (the package's) are the
+answers the very ones that a single verification would get.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from meadef_lightning.verification.callback import INVALID, Queryable, answered_labels
+from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
+from meadef_lightning.verification.scores import key_scores, possible_targets
+from meadef_lightning.verification.statistics import DecoyTable
+from meadef_lightning.verification.verdict import Responses
+from meadef_lightning.watermark.key import DEFAULT_COMBINERS, CombinerSpec, KeySpace, WatermarkKey
+
+_TIE = 1e-9
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AnswerTable:
+    """All answers of one suspect.
+
+    Args:
+        answers: Answered classes, integers of shape ``(pairs, ways, samples)``; pairs are all ordered pairs of classes, sorted.
+        natural: Answers to natural test samples, integers ``(N,)``.
+        natural_labels: Their true classes, integers ``(N,)``.
+        space: The key space that was asked.
+        seed: The verifier's seed.
+    """
+
+    answers: Tensor
+    natural: Tensor
+    natural_labels: Tensor
+    space: KeySpace
+    seed: int = 0
+
+    @property
+    def pairs(self) -> Tensor:
+        """The ordered source pairs, int64 ``(pairs, 2)``."""
+        classes = self.space.num_classes
+        return torch.tensor([(a, b) for a in range(classes) for b in range(classes) if a != b])
+
+    @property
+    def accuracy(self) -> float:
+        """Share of natural samples that were answered with their class."""
+        return float((self.natural == self.natural_labels).double().mean())
+
+    def counts(self, decoy_samples: int = 32) -> Tensor:
+        """How often each cell was answered with each class, int64 ``(pairs, ways, classes)``."""
+        pairs, ways, samples = self.answers.shape
+        if not 2 <= decoy_samples <= samples:
+            raise ValueError(f"decoy_samples={decoy_samples} must be from 2 to the {samples} samples of a cell.")
+        counts = torch.zeros(pairs, ways, self.space.num_classes, dtype=torch.int64)
+        chosen = self.answers[:, :, :decoy_samples].long()
+        return counts.scatter_add_(2, chosen, torch.ones_like(chosen))
+
+    def shares(self) -> Tensor:
+        """WSR of every key: share of all samples of a cell that got each class, float64 ``(pairs, ways, classes)``."""
+        samples = self.answers.shape[2]
+        return self.counts(samples).double() / samples
+
+    def controls(self) -> Tensor:
+        """The answers to each trigger's matched control, integers ``(pairs, ways, samples)``."""
+        _, ways, samples = self.answers.shape
+        others = torch.tensor([[other for other in range(ways) if other != way] for way in range(ways)])
+        asked = others[:, torch.arange(samples) % (ways - 1)]
+        return self.answers.gather(1, asked.expand(len(self.answers), -1, -1))
+
+    def responses(
+        self, key: WatermarkKey, decoys: int = 9999, decoy_samples: int = 32, reference: AnswerTable | None = None
+    ) -> Responses:
+        """Returns what a verification of this suspect under a key would have collected.
+
+        Args:
+            key: A key of the space.
+            decoys: Keys to compare with; see :class:`~meadef_lightning.verification.VerificationDataModule`.
+            decoy_samples: Samples of each cell that count, at most those that were asked.
+            reference: The same table of a reference model.
+
+        Raises:
+            ValueError: If the key is of another space, or the reference was asked something else.
+        """
+        plan = DecoyTable(key, decoys, self.seed)
+        if plan.space != self.space:
+            raise ValueError("The key is not of the space whose questions were asked.")
+        if reference is not None and (
+            reference.space != self.space
+            or reference.seed != self.seed
+            or reference.answers.shape != self.answers.shape
+        ):
+            raise ValueError("The reference was asked other questions than the suspect.")
+        classes = self.space.num_classes
+        a, b = key.source_classes
+        rows = plan.pairs[:, 0] * (classes - 1) + plan.pairs[:, 1] - (plan.pairs[:, 1] > plan.pairs[:, 0]).long()
+        own = a * (classes - 1) + b - (b > a)
+
+        def cells(table: AnswerTable) -> Tensor:
+            return table.counts(decoy_samples)[rows].flatten(0, 1)
+
+        return Responses(
+            trigger=self.answers[own, plan.way].long(),
+            control=self.controls()[own, plan.way].long(),
+            cells=plan.cells,
+            counts=cells(self),
+            natural=self.natural.long(),
+            natural_labels=self.natural_labels.long(),
+            decoys=decoys,
+            seed=self.seed,
+            reference=None if reference is None else cells(reference),
+        )
+
+
+def ask_everything(
+    suspect: nn.Module | Queryable,
+    data: SourceData,
+    samples: int = 100,
+    combiners: tuple[CombinerSpec, ...] = DEFAULT_COMBINERS,
+    seed: int = 0,
+    batch_size: int = 512,
+) -> AnswerTable:
+    """Asks a suspect the questions of every key.
+
+    Args:
+        suspect: A module in the mode in which it shall answer, asked on the CPU, or a black box with ``query(x)``.
+        data: Data module of the task; sources are of its verification split.
+        samples: Triggers of every key, at least 2.
+        combiners: Combining ways of the space.
+        seed: The verifier's seed.
+        batch_size: Samples a forward.
+
+    Raises:
+        ValueError: If a class has too few verification samples, or an answer is none.
+    """
+    data.setup("predict")
+    space = KeySpace(data.num_classes, combiners)
+    a, b, target, way = space.key_at(0)
+    any_key = WatermarkKey((a, b), target, space.num_classes, combiners[way], space=combiners)
+    # with as many samples in a cell as triggers, the decoy loader holds all triggers and controls of all keys
+    questions = VerificationDataModule(any_key, data, samples, space.size, samples, seed, batch_size)
+    questions.setup("predict")
+    _, _, cells, natural = questions.predict_dataloader()
+    answered = []
+    for loader in (cells, natural):
+        with torch.inference_mode():
+            labels = torch.cat(
+                [
+                    answered_labels(suspect(x) if isinstance(suspect, nn.Module) else suspect.query(x), len(x), space.num_classes)
+                    for x, _ in loader
+                ]
+            )  # fmt: skip
+        if bool((labels == INVALID).any()):
+            raise ValueError("The suspect gave an answer that is none (NaN, or a label that is no class).")
+        answered.append(labels.short())
+    table = answered[0].reshape(len(combiners), -1, samples).transpose(0, 1).contiguous()
+    return AnswerTable(table, answered[1], questions.natural[1].short(), space, seed)
+
+
+def every_decoy_p(table: AnswerTable, reference: AnswerTable | None = None, decoy_samples: int = 32) -> Tensor:
+    """Returns every key's randomisation p-value among all keys, float64 ``(pairs, ways, classes)``; 1 where no key is.
+
+    Equal to ``judge(…).decoy_p`` where all keys of the space are compared.
+    """
+    counts = table.counts(decoy_samples)
+    if reference is not None:
+        counts = counts - reference.counts(decoy_samples)
+    statistics = key_scores(counts.double(), table.pairs) / decoy_samples
+    valid = possible_targets(table.pairs, table.space.num_classes)[:, None, :].expand_as(statistics)
+    ordered = statistics[valid].sort().values
+    reached = len(ordered) - torch.searchsorted(ordered, statistics - _TIE)
+    return torch.where(valid, reached.double() / len(ordered), 1.0)
+
+
+def every_mcnemar_p(table: AnswerTable) -> Tensor:
+    """Returns every key's exact McNemar p-value, float64 ``(pairs, ways, classes)``. Equal to ``judge(…).mcnemar_p``."""
+    controls = table.controls()
+    differ = table.answers != controls
+    discordant = torch.zeros(2, *table.answers.shape[:2], table.space.num_classes, dtype=torch.int64)
+    for place, answers in enumerate((table.answers, controls)):
+        discordant[place].scatter_add_(2, answers.long(), differ.long())
+    only_trigger, only_control = discordant.numpy()
+    return torch.from_numpy(np.asarray(stats.binom.sf(only_trigger - 1, only_trigger + only_control, 0.5)))
+
+
+def supported_keys(
+    table: AnswerTable, reference: AnswerTable | None = None, alpha: float = 1e-3, decoy_samples: int = 32
+) -> Tensor:
+    """Marks the keys under which the suspect would be judged *supported*, bool ``(pairs, ways, classes)``."""
+    decoy_p = every_decoy_p(table, reference, decoy_samples)
+    return (decoy_p <= alpha) & (every_mcnemar_p(table) <= alpha)
