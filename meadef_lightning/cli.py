@@ -18,6 +18,10 @@ the whole story
   demo       run the embedded experiment on handwritten digits: watermark, steal, judge (minutes, no download)
   run        run an experiment YAML, or what is left of it: meadef run experiments/fashion_mnist/supervised.yaml
   verify     judge one suspect model with a watermark key
+             (all three log to Weights & Biases, too, with --wandb: offline unless WANDB_MODE=online)
+  grid       run every cell of a grid of experiments, list them with their cost, merge their results
+  key        draw a key from a secret, show what is public of it, commit to it before training
+  evidence   bundle a verdict for a judge, and check such a bundle offline or with other images
   serve      put a model behind HTTP, with API keys, budgets and a policy; HTTPOracle(URL) asks it
 
 single trainings (LightningCLI)
@@ -38,12 +42,14 @@ def _lightning(arguments: list[str]) -> None:
     import meadef_lightning.extraction
     import meadef_lightning.victims
     import meadef_lightning.watermark  # noqa: F401  so that bare class names resolve
+    from meadef_lightning.experiment.save_config import RunConfig
 
     LightningCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=RunConfig,
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=arguments,
@@ -51,7 +57,8 @@ def _lightning(arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str], files: Sequence[str] = (), program: str = "meadef run") -> None:
-    from meadef_lightning.experiment.spec import Experiment, experiment_parser
+    from meadef_lightning.experiment.load import Experiment, experiment_parser
+    from meadef_lightning.experiment.tracking import Tracking, default_output
 
     parser = experiment_parser(
         prog=program,
@@ -61,6 +68,7 @@ def _run(arguments: list[str], files: Sequence[str] = (), program: str = "meadef
         "files and options override earlier ones, e.g. --victim.trainer.max_epochs 5 --seeds [0,1,2].",
     )
     parser.add_argument("--output", type=str, help="Directory of the results (default: runs/EXPERIMENT).")
+    Tracking.add_arguments(parser)
     rest = list(arguments)
     chosen = [str(file) for file in files]
     while rest and not rest[0].startswith("-"):
@@ -71,19 +79,22 @@ def _run(arguments: list[str], files: Sequence[str] = (), program: str = "meadef
         if not Path(file).is_file():
             raise ValueError(f"There is no experiment file {file}; see experiments/ for those that exist.")
     config = parser.parse_args([part for file in chosen for part in ("--config", file)] + rest)
-    output = Path(config.pop("output") or Path("runs") / config.experiment)
+    output = Path(config.pop("output") or default_output(config.experiment))
+    tracking = Tracking.pop(config)
 
     from rich.console import Console
 
     from meadef_lightning.experiment.artifacts import is_rank_zero
     from meadef_lightning.experiment.pipeline import run
-    from meadef_lightning.experiment.render import summary_table
+    from meadef_lightning.experiment.render import detection_table, summary_table
 
-    report = run(Experiment(parser, config), output, shlex.join([*program.split(), *arguments]))
+    report = run(Experiment(parser, config), output, shlex.join([*program.split(), *arguments]), tracking)
     if is_rank_zero():
         # rich takes 80 columns for granted where there is no terminal, too few for the table
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(summary_table(report))
+        if report.detection:
+            console.print(detection_table(report))
         console.print(
             f"Report: {output / 'report.html'}, {output / 'report.json'}, {output / 'summary.csv'}", soft_wrap=True
         )
@@ -97,9 +108,30 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _verify(arguments: list[str]) -> None:
+    from meadef_lightning.experiment.bundles import record_command
     from meadef_lightning.experiment.judge import judge_suspect, verify_parser
 
-    judge_suspect(verify_parser(prog="meadef verify").parse_args(arguments))
+    options = verify_parser(prog="meadef verify").parse_args(arguments)
+    judge_suspect(options)
+    record_command(Path(options.output), "meadef verify", arguments)
+
+
+def _grid(arguments: list[str]) -> None:
+    from meadef_lightning.experiment.grid_run import grid_command
+
+    grid_command(arguments)
+
+
+def _key(arguments: list[str]) -> None:
+    from meadef_lightning.experiment.keys import key_command
+
+    key_command(arguments)
+
+
+def _evidence(arguments: list[str]) -> None:
+    from meadef_lightning.experiment.bundles import evidence_command
+
+    evidence_command(arguments)
 
 
 def _serve(arguments: list[str]) -> None:
@@ -111,7 +143,10 @@ def _serve(arguments: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "run": _run,
+    "grid": _grid,
     "verify": _verify,
+    "key": _key,
+    "evidence": _evidence,
     "serve": _serve,
 }
 

@@ -19,11 +19,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from meadef_lightning.experiment.aggregate import Estimate
 from meadef_lightning.experiment.artifacts import make_directory, read_json, write_text_atomic
 from meadef_lightning.experiment.figures import BLUE, VERMILION, house_style, new_figure, save
+from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.pipeline import run
-from meadef_lightning.experiment.render import Estimate
-from meadef_lightning.experiment.spec import load_experiment
 
 _CALLBACK = "--watermark.callback.init_args"
 RECIPES: dict[str, list[str]] = {

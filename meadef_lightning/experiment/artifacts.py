@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, Literal, NoReturn, get_args
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -26,6 +26,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 Status = Literal["running", "done", "failed"]
 
 STAGE_FILE = "stage.json"
+WANDB_FILE = "wandb.json"
+"""Id of the W&B run that follows a stage; see `wandb_tracker`."""
 INTERRUPTED = "interrupted"
 MAX_JSON_BYTES = 64 * 2**20
 _MAX_CAUSE_CHARACTERS = 2000
@@ -162,6 +164,8 @@ def _plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, FunctionType) and "<" not in value.__qualname__:  # a default such as `adam`; lambdas have no name
+        return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(f"{type(value).__name__} has no canonical JSON form; pass plain values")
 
 
@@ -339,7 +343,7 @@ class Stage:
         self.record = record
 
     def _refuse_other_inputs(self, earlier: StageRecord) -> None:
-        left = {entry.name for entry in self.directory.iterdir()} - {STAGE_FILE, "config.yaml"}
+        left = {entry.name for entry in self.directory.iterdir()} - {STAGE_FILE, WANDB_FILE, "config.yaml"}
         if earlier.status != "done" and not left:
             return
         old, new = earlier.inputs, self.record.inputs

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from meadef_lightning.experiment.aggregate import aggregate
 from meadef_lightning.experiment.artifacts import write_bytes_atomic
-from meadef_lightning.experiment.render import aggregate, format_p
-from meadef_lightning.experiment.report import PAPER_THRESHOLD, SuspectRow
+from meadef_lightning.experiment.render import format_p
+from meadef_lightning.experiment.rows import PAPER_THRESHOLD, SuspectRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,14 +101,14 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = DPI) -> Path:
     return write_bytes_atomic(path, png.getvalue())
 
 
-def _pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float64]:
+def pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float64]:
     """Normalised ``(B, C, H, W)`` -> what ``imshow`` takes: ``(B, H, W, C)`` in [0, 1]."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must have shape (B, 1 or 3, H, W), not {tuple(images.shape)}")
     if len(mean) != images.shape[1] or len(std) != images.shape[1]:
         raise ValueError(f"mean and std must hold {images.shape[1]} value(s), one a channel, not {mean!r} and {std!r}")
-    pictures = np.moveaxis(_finite("images", images, 4), 1, -1) * np.asarray(std) + np.asarray(mean)
-    return np.asarray(np.clip(pictures, 0, 1), dtype=np.float64)
+    raw = np.moveaxis(_finite("images", images, 4), 1, -1) * np.asarray(std) + np.asarray(mean)
+    return np.asarray(np.clip(raw, 0, 1), dtype=np.float64)
 
 
 @house_style()
@@ -148,7 +149,7 @@ def watermark_grid(
     axes = figure.subplots(rows, len(images), squeeze=False)
     figure.suptitle(title, fontsize=10, fontweight="bold")
     for column, name in enumerate(images):
-        pictures = _pictures(images[name][:rows], mean, std)
+        shown = pictures(images[name][:rows], mean, std)
         answer = answers[name][:rows].detach().cpu()
         if answer.ndim == 2 and answer.shape[1] != len(class_names):
             raise ValueError(f"answers have {answer.shape[1]} classes, but there are {len(class_names)} class names")
@@ -157,7 +158,7 @@ def watermark_grid(
             raise ValueError(f"answers must be probabilities (B, K) or labels below {len(class_names)}")
         for row, label in enumerate(labels.tolist()):
             ax: Axes = axes[row, column]
-            ax.imshow(pictures[row], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.imshow(shown[row], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(True)
             ax.spines[:].set_color("#C4C9CF")

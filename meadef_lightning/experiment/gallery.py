@@ -12,13 +12,15 @@ from meadef_lightning.experiment import figures
 from meadef_lightning.experiment.artifacts import make_directory
 from meadef_lightning.experiment.curves import budget_curves, budget_series
 from meadef_lightning.experiment.render import ReportFigure
-from meadef_lightning.experiment.report import SuspectRow
+from meadef_lightning.experiment.robustness_figures import removal_curves
+from meadef_lightning.experiment.rows import RemovalRow, SuspectRow
 from meadef_lightning.verification import Responses, Verdict, decoy_statistics
 from meadef_lightning.victims.networks import penultimate
 from meadef_lightning.watermark import WatermarkKey
 
 if TYPE_CHECKING:
-    from meadef_lightning.experiment.pipeline import SeedRun
+    from meadef_lightning.experiment.robustness import Robustness
+    from meadef_lightning.experiment.seed_run import SeedRun
 
 _DRAWN = 120
 """Samples per group in the figure of features."""
@@ -46,7 +48,7 @@ def experiment_figures(run: SeedRun, rows: Sequence[SuspectRow], directory: Path
     Returns:
         The figures in the order of the report.
     """
-    key, data, victim = run.key, run.data, run.load_victim()
+    key, data, victim = run.key, run.data, run.load_classifier()
     a, b = key.source_classes
     names = [data.class_names[label] for label in (a, b, key.target_class)]
     x, y = data.tensors("verification")
@@ -101,3 +103,25 @@ def experiment_figures(run: SeedRun, rows: Sequence[SuspectRow], directory: Path
                 )
             )
     return result
+
+
+def robustness_figures(fight: Robustness, rows: Sequence[RemovalRow], directory: Path) -> list[ReportFigure]:
+    """Draws the paths of the removals, one figure for every model they act on, and collects the inverted triggers.
+
+    Args:
+        fight: The attacks of the seed that is drawn.
+        rows: All removals; those of other seeds are left out.
+        directory: Where the PNG files go.
+    """
+    mine = [row for row in rows if "/" not in row.name or row.name.endswith(f"/seed-{fight.run.seed}")]
+    result = []
+    for target in dict.fromkeys(row.target for row in mine):
+        paths = [row for row in mine if row.target == target]
+        result.append(
+            ReportFigure(
+                figures.save(removal_curves(paths, f"Attacks on {target}"), directory / f"removal-{target}.png"),
+                f"What is left of {target} and of its watermark along each attack; the ring is what the thief takes home",
+                "A panel for every attack: accuracy, watermark success and false-positive rate over its strength.",
+            )
+        )
+    return result + list(fight.trigger_figures())

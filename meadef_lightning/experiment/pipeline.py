@@ -2,273 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from itertools import count
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
 
-import torch
-from lightning.pytorch import LightningDataModule
+import yaml
 from rich.console import Console
-from torch import Tensor
 
-from meadef_lightning.experiment.artifacts import (
-    Stage,
-    is_rank_zero,
-    make_directory,
-    read_json,
-    write_json_atomic,
-    write_text_atomic,
-)
-from meadef_lightning.experiment.gallery import experiment_figures, verdict_figure
+from meadef_lightning.detection.base import ModelDetector
+from meadef_lightning.experiment.artifacts import is_rank_zero, make_directory, read_json, write_text_atomic
+from meadef_lightning.experiment.gallery import experiment_figures, robustness_figures
+from meadef_lightning.experiment.load import Experiment
 from meadef_lightning.experiment.render import ReportExtras, write_report
-from meadef_lightning.experiment.report import KeyInfo, Kind, Labels, Report, SuspectRow, VictimRow
-from meadef_lightning.experiment.spec import Experiment, ExperimentSpec, TrainerOptions
-from meadef_lightning.experiment.stages import (
-    MODEL,
-    RESULT,
-    derived_seed,
-    extraction_stage,
-    load_weights,
-    train_stage,
-)
-from meadef_lightning.quiet import quiet
-from meadef_lightning.verification import Fidelity, Responses, verify
-from meadef_lightning.victims.classifier import Classifier
-from meadef_lightning.watermark import WatermarkKey
-
-KEY_FILE = "watermark.key.json"
+from meadef_lightning.experiment.report import Report
+from meadef_lightning.experiment.robustness import Finding, Robustness, detection_rows
+from meadef_lightning.experiment.rows import KeyInfo, RemovalRow, SuspectRow, VictimRow
+from meadef_lightning.experiment.seed_run import SeedRun
+from meadef_lightning.experiment.tracking import Tracking
 
 
-@dataclass(frozen=True)
-class Suspect:
-    """A trained model that is to be judged.
-
-    Args:
-        name: Its name in directories and report.
-        kind: As in ``report.json``.
-        attack: How it was made, for the report.
-        labels: What it was trained on.
-        queries: Distinct inputs the oracle was asked.
-        directory: Its stage.
-        sha256: Digest of its checkpoint.
-        build: Makes the model, weights not loaded.
-    """
-
-    name: str
-    kind: Kind
-    attack: str
-    labels: Labels
-    queries: int
-    directory: Path
-    sha256: str
-    build: Callable[[], Classifier]
-
-
-class SeedRun:
-    """The chain for one seed: all stages below one directory.
-
-    Args:
-        experiment: The experiment.
-        root: Where the stages' directories go.
-        seed: The seed: of splits, trainings and thefts.
-    """
-
-    def __init__(self, experiment: Experiment, root: Path, seed: int) -> None:
-        self.experiment, self.root, self.seed = experiment, root, seed
-        self.spec = self.fresh()
-        self.data = self.spec.data
-        self.data.prepare_data()
-        self.data.setup()
-        self.key = self._key()
-        self.base = {
-            "data": experiment.hash_of(experiment.config("data"), self.data.split_summary()),
-            "seed": experiment.hash_of(seed),
-        }
-
-    def fresh(self) -> ExperimentSpec:
-        """Returns newly built objects; the data's splits follow the seed."""
-        spec = self.experiment.build()
-        spec.data.seed += self.seed
-        return spec
-
-    def _key(self) -> WatermarkKey:
-        key = self.spec.watermark.key.resolve(self.data.num_classes)
-        path = self.root / KEY_FILE
-        if self.spec.watermark.key.file is None and not path.exists() and is_rank_zero():
-            key.save(path)
-        return key
-
-    # ---- models
-
-    def victim(self, name: Literal["victim", "clean", "reference"]) -> dict[str, Any]:
-        """Trains the victim, or without the watermark its clean twin from the same seed, or the reference from another one."""
-        watermarked = name == "victim"
-        config = self.experiment.config("victim")
-        inputs = {**self.base, "config": self.experiment.hash_of(config)}
-        if watermarked:
-            callback = self.experiment.config("watermark.callback")
-            inputs |= {"watermark": self.experiment.hash_of(callback), "key": self.key.commitment()}
-
-        def build() -> tuple[Classifier, LightningDataModule, TrainerOptions]:
-            spec = self.fresh()
-            if watermarked:
-                spec.victim.model.watermark = spec.watermark.callback(self.key)
-            return spec.victim.model, spec.data, spec.victim.trainer
-
-        seed = derived_seed(self.seed, "reference" if name == "reference" else "victim")
-        return train_stage(self.root / name, name, inputs, build, seed, config["model"])
-
-    def load_victim(self) -> Classifier:
-        """Loads the trained victim."""
-        return load_weights(self.fresh().victim.model, self.data, self.root / "victim" / MODEL)
-
-    def suspects(self) -> list[tuple[str, Callable[[], Suspect]]]:
-        """Returns each suspect's name and what makes it, in the order of the report."""
-        todo: list[tuple[str, Callable[[], Suspect]]] = [
-            ("victim", self._victim_suspect),
-            ("clean", self._clean_suspect),
-        ]
-        for i, attack in enumerate(self.spec.extraction):
-            todo.append((attack.name, lambda i=i: self._steal(i)))  # type: ignore[misc]
-        for i, control in enumerate(self.spec.independent):
-            for j in range(control.count):
-                name = control.name if control.count == 1 else f"{control.name}-{j}"
-                todo.append((name, lambda i=i, j=j, name=name: self._independent(i, j, name)))  # type: ignore[misc]
-        return todo
-
-    def _victim_suspect(self) -> Suspect:
-        result = self.victim("victim")
-        return Suspect(
-            "victim",
-            "victim",
-            "none",
-            "hard",
-            0,
-            self.root / "victim",
-            result["sha256"],
-            lambda: self.fresh().victim.model,
-        )
-
-    def _clean_suspect(self) -> Suspect:
-        result = self.victim("clean")
-        return Suspect(
-            "clean",
-            "independent",
-            "none: the victim's training without watermark",
-            "hard",
-            0,
-            self.root / "clean",
-            result["sha256"],
-            lambda: self.fresh().victim.model,
-        )
-
-    def _steal(self, index: int) -> Suspect:
-        spec = self.fresh()
-        attack, config = spec.extraction[index], self.experiment.config("extraction")[index]
-        inputs = {
-            **self.base,
-            "config": self.experiment.hash_of(config),
-            "victim": read_json(self.root / "victim" / RESULT)["sha256"],
-        }
-        directory = self.root / attack.name
-        seed = derived_seed(self.seed, attack.name)
-        result = extraction_stage(directory, attack, inputs, self.load_victim, spec.data, seed, config["student"])
-        return Suspect(
-            attack.name, "extracted", _class_name(config["queries"]).removesuffix("DataModule"), result["labels"], result["queries"], directory, result["sha256"],
-            lambda: self.fresh().extraction[index].student,
-        )  # fmt: skip
-
-    def _independent(self, index: int, number: int, name: str) -> Suspect:
-        config = self.experiment.config("independent")[index]
-        inputs = {**self.base, "config": self.experiment.hash_of(config, number)}
-
-        def build() -> tuple[Classifier, LightningDataModule, TrainerOptions]:
-            spec = self.fresh()
-            spec.data.train_split = "attacker"
-            control = spec.independent[index]
-            return control.model, spec.data, control.trainer
-
-        result = train_stage(self.root / name, name, inputs, build, derived_seed(self.seed, name), config["model"])
-        return Suspect(
-            name, "independent", "none: trained on true labels", "hard", 0, self.root / name, result["sha256"],
-            lambda: self.fresh().independent[index].model,
-        )  # fmt: skip
-
-    # ---- judgement
-
-    @cached_property
-    def victim_answers(self) -> Tensor:
-        """The victim's classes for the test split, int64, shape ``(N,)``."""
-        victim = self.load_victim()
-        x, _ = self.data.tensors("test")
-        with torch.no_grad():
-            return torch.cat(
-                [victim(part).argmax(dim=-1) for part in torch.split(x, self.spec.verification.batch_size)]
-            )
-
-    @cached_property
-    def reference_answers(self) -> Responses:
-        """The reference model's answers to the verifier's questions: what composites look like to a model without the key."""
-        model = load_weights(self.fresh().victim.model, self.data, self.root / "reference" / MODEL)
-        return verify(model, self.key, self.data, **asdict(self.spec.verification))[1]
-
-    def judge(self, suspect: Suspect) -> SuspectRow:
-        """Verifies one suspect in a stage of its own, with evidence and a figure of the decoys."""
-        directory = self.root / f"verify-{suspect.name}"
-        options = self.spec.verification
-        inputs = {
-            **self.base,
-            "config": self.experiment.hash_of(self.experiment.config("verification")),
-            "key": self.key.commitment(),
-            "suspect": suspect.sha256,
-            "victim": read_json(self.root / "victim" / RESULT)["sha256"],
-            "reference": read_json(self.root / "reference" / RESULT)["sha256"],
-        }
-        with Stage(directory, f"verify-{suspect.name}", inputs) as stage:
-            if not stage.done:
-                model = load_weights(suspect.build(), self.data, suspect.directory / MODEL)
-                with quiet():
-                    verdict, responses = verify(
-                        model,
-                        self.key,
-                        self.data,
-                        reference=self.reference_answers,
-                        evidence_path=directory / "evidence.json",
-                        **asdict(options),
-                    )
-                fidelity = Fidelity()(responses.natural, self.victim_answers)
-                if is_rank_zero():
-                    verdict_figure(responses, verdict, self.key, suspect.name, directory / "figures")
-                    write_json_atomic(directory / RESULT, {"verdict": verdict.to_dict(), "fidelity": float(fidelity)})
-        result = read_json(directory / RESULT)
-        verdict_dict = result["verdict"]
-        return SuspectRow(
-            name=suspect.name,
-            kind=suspect.kind,
-            attack=suspect.attack,
-            labels=suspect.labels,
-            queries=suspect.queries,
-            accuracy=verdict_dict["natural_accuracy"],
-            fidelity=result["fidelity"],
-            wsr=verdict_dict["wsr"],
-            wsr_ci=tuple(verdict_dict["wsr_ci"]),
-            wfpr=verdict_dict["wfpr"],
-            p_value=verdict_dict["decoy_p"],
-            verdict=verdict_dict["verdict"],
-        )
-
-
-def run(experiment: Experiment, output: Path, command: str = "") -> Report:
+def run(experiment: Experiment, output: Path, command: str = "", tracking: Tracking | None = None) -> Report:
     """Runs an experiment, or what is left of it, and writes its report.
 
     Args:
         experiment: What to run.
         output: The experiment's directory, e.g. ``runs/digits``.
         command: The command that reproduces it, for the report.
+        tracking: What is tracked besides the files in ``output``; nothing by default.
 
     Returns:
         The report, as written to ``report.json``, ``report.html`` and ``summary.csv``.
@@ -278,33 +38,86 @@ def run(experiment: Experiment, output: Path, command: str = "") -> Report:
             fit the data; nothing that is there is overwritten.
     """
     output = make_directory(output)
-    console = Console(stderr=True)
-    rows: list[SuspectRow] = []
     many = len(experiment.seeds) > 1
-    runs = [SeedRun(experiment, output / f"seed-{seed}" if many else output, seed) for seed in experiment.seeds]
-    total = sum(1 + len(seed_run.suspects()) for seed_run in runs)
-    steps = count(1)
-
-    def announce(name: str, seed: int) -> None:
-        if is_rank_zero():
-            console.rule(f"{next(steps)}/{total} {name}" + (f", seed {seed}" if many else ""), align="left")
-
-    for seed_run in runs:
-        announce("reference", seed_run.seed)
-        seed_run.victim("reference")
-        for name, make in seed_run.suspects():
-            announce(name, seed_run.seed)
-            row = seed_run.judge(make())
-            rows.append(replace(row, name=f"{name}/seed-{seed_run.seed}") if many else row)
-    report = _report(experiment, runs, rows)
+    config = yaml.safe_load(experiment.yaml())
+    tracker = (tracking or Tracking()).tracker(output, experiment.name, config, many)
+    runs = [SeedRun(experiment, output / f"seed-{seed}" if many else output, seed, tracker) for seed in experiment.seeds]
+    progress = Progress(many)
+    found = Found()
+    fights = [_run_seed(seed_run, found, progress) for seed_run in runs]
+    report = _report(experiment, runs, found)
     if is_rank_zero():
         write_text_atomic(output / "config.yaml", experiment.yaml())
-        figures = experiment_figures(runs[0], rows, output / "figures")
+        figures = experiment_figures(runs[0], found.rows, output / "figures")
+        figures += robustness_figures(fights[0], found.removal, output / "figures")
         write_report(report, output, figures, _extras(experiment, runs, output, command))
+        tracker.report(report, figures, output, runs[0].key)
     return report
 
 
-def _report(experiment: Experiment, runs: list[SeedRun], rows: list[SuspectRow]) -> Report:
+@dataclass
+class Found:
+    """What the seeds have found so far."""
+
+    rows: list[SuspectRow] = field(default_factory=list)
+    removal: list[RemovalRow] = field(default_factory=list)
+    searches: list[Finding] = field(default_factory=list)
+    clean: list[str] = field(default_factory=list)
+
+
+class Progress:
+    """Says which stage of which seed is next."""
+
+    def __init__(self, many: bool) -> None:
+        self.many, self.console, self.done = many, Console(stderr=True), 0
+
+    def plan(self, steps: int) -> None:
+        """Sets the number of stages of a seed, counting from the next one."""
+        self.done, self.total = 0, steps
+
+    def announce(self, name: str, seed: int) -> None:
+        """Prints a rule with the stage's number and name."""
+        self.done += 1
+        if is_rank_zero():
+            where = f", seed {seed}" if self.many else ""
+            self.console.rule(f"{self.done}/{self.total} {name}{where}", align="left")
+
+
+def _run_seed(run: SeedRun, found: Found, progress: Progress) -> Robustness:
+    """Runs every stage of one seed and adds what it found."""
+
+    def named(name: str) -> str:
+        return f"{name}/seed-{run.seed}" if progress.many else name
+
+    todo, made = run.suspects(), {}
+    spec = run.spec
+    controls = 1 + sum(control.count for control in spec.independent)
+    searches = sum(
+        len(item.of) + (controls if isinstance(item.method, ModelDetector) else 0) for item in spec.detection
+    )
+    progress.plan(1 + len(todo) + sum(len(item.of) for item in spec.removal) + searches)
+    progress.announce("reference", run.seed)
+    run.victim("reference")
+    for name, make in todo:
+        progress.announce(name, run.seed)
+        made[name] = make()
+        found.rows.append(replace(run.judge(made[name]), name=named(name)))
+    fight = Robustness(run, made)
+    for name, index, of in fight.removals():
+        progress.announce(name, run.seed)
+        path, scrubbed = fight.remove(name, index, of)
+        found.removal.append(replace(path, name=named(name)))
+        if scrubbed is not None:
+            found.rows.append(replace(run.judge(scrubbed), name=named(name)))
+    for name, index, of in fight.searches():
+        progress.announce(name, run.seed)
+        found.searches.append(fight.search(name, index, of))
+    found.clean = fight.clean
+    return fight
+
+
+def _report(experiment: Experiment, runs: list[SeedRun], found: Found) -> Report:
+    rows = found.rows
     victims = [row for row in rows if row.kind == "victim"]
     clean = [row for row in rows if row.base_name == "clean"]
     key = runs[0].key
@@ -319,6 +132,8 @@ def _report(experiment: Experiment, runs: list[SeedRun], rows: list[SuspectRow])
             wfpr=fmean(row.wfpr for row in victims),
         ),
         suspects=tuple(rows),
+        removal=tuple(found.removal),
+        detection=tuple(detection_rows(found.searches, found.clean)),
     )
 
 
@@ -334,9 +149,3 @@ def _extras(experiment: Experiment, runs: list[SeedRun], output: Path, command: 
         stage_seconds=seconds,
         alpha=runs[0].spec.verification.alpha,
     )
-
-
-def _class_name(config: Any) -> str:
-    """Returns the class name in a configuration of a class, which may be a mapping or just the path."""
-    path: str = config["class_path"] if isinstance(config, dict) else str(config)
-    return path.rpartition(".")[2]

@@ -8,140 +8,28 @@ import csv
 import dataclasses
 import hashlib
 import io
-import math
 import os
 import platform
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from meadef_lightning.experiment.aggregate import AggregateRow, aggregate
 from meadef_lightning.experiment.artifacts import make_directory, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-from meadef_lightning.experiment.report import PAPER_THRESHOLD, Report, SuspectRow, Verdict
+from meadef_lightning.experiment.report import Report
+from meadef_lightning.experiment.rows import PAPER_THRESHOLD
 
 CSV_COLUMNS = (
     *("experiment", "role", "name", "seed", "kind", "attack", "labels", "queries", "accuracy", "clean_accuracy"),
     *("fidelity", "wsr", "wsr_low", "wsr_high", "wfpr", "p_value", "verdict"),
 )
 NOT_ASKED = "\N{EN DASH}"  # stands for labels and queries where no oracle was asked
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds.
-
-    Args:
-        mean: the mean, in [0, 1].
-        half_width: half the width of its 95 % t-interval; None for a single value.
-    """
-
-    mean: float
-    half_width: float | None = None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """Mean and 95 % interval ``t_{0.975, n-1} · s / sqrt(n)`` of n independent values (n = 1: no interval)."""
-        from scipy.stats import t
-
-        n = len(values)
-        mean = math.fsum(values) / n
-        if n == 1:
-            return cls(mean)
-        variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-        return cls(mean, float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n))
-
-    def __str__(self) -> str:
-        spread = "" if self.half_width is None else f"±{100 * self.half_width:.1f}"
-        return f"{100 * self.mean:.1f}{spread}"
-
-
-@dataclass(frozen=True)
-class AggregateRow:
-    """The rows of one suspect over seeds; of one seed, the row itself.
-
-    Args:
-        name: the suspect's name, without seed where several rows were joined.
-        members: the joined rows, at least one; all of one kind, attack and answer type.
-    """
-
-    name: str
-    members: tuple[SuspectRow, ...]
-
-    def estimate(self, metric: Literal["accuracy", "fidelity", "wsr", "wfpr"]) -> Estimate:
-        """Mean and 95 % t-interval of a rate over the members."""
-        return Estimate.of([getattr(row, metric) for row in self.members])
-
-    @property
-    def first(self) -> SuspectRow:
-        """The first member, which stands for kind, attack and answer type."""
-        return self.members[0]
-
-    @property
-    def queries(self) -> int:
-        """Mean number of queries, rounded."""
-        return round(math.fsum(row.queries for row in self.members) / len(self.members))
-
-    @property
-    def wsr_interval(self) -> tuple[float, float]:
-        """95 % interval of the WSR: Wilson's within one model, Student's over seeds (cut to [0, 1])."""
-        wsr = self.estimate("wsr")
-        if wsr.half_width is None:
-            return self.first.wsr_ci
-        return max(0.0, wsr.mean - wsr.half_width), min(1.0, wsr.mean + wsr.half_width)
-
-    @property
-    def wsr_text(self) -> str:
-        """The WSR in percent, as ``84.1 [80, 87]`` for one model and ``84.1±3.2`` over seeds."""
-        wsr, (low, high) = self.estimate("wsr"), self.wsr_interval
-        return f"{wsr} [{100 * low:.0f}, {100 * high:.0f}]" if wsr.half_width is None else str(wsr)
-
-    @property
-    def p_value(self) -> float:
-        """The largest p-value: the claim is only as strong as its weakest seed."""
-        return max(row.p_value for row in self.members)
-
-    @property
-    def verdict(self) -> Verdict:
-        """The most frequent verdict; of equally frequent ones the weaker."""
-        times = Counter(row.verdict for row in self.members)
-        return max(("not supported", "inconclusive", "supported"), key=lambda verdict: times[verdict])
-
-    @property
-    def verdict_text(self) -> str:
-        """The verdict; where the seeds disagree, with the number of those that gave it."""
-        agree = sum(row.verdict == self.verdict for row in self.members)
-        return self.verdict if agree == len(self.members) else f"{self.verdict} {agree}/{len(self.members)}"
-
-    @property
-    def tone(self) -> Literal["good", "unclear", "bad"]:
-        """Whether the verdicts are what they should be for such a model; ``bad`` if any member's is wrong."""
-        if any(row.surprising for row in self.members):
-            return "bad"
-        return "unclear" if any(row.verdict == "inconclusive" for row in self.members) else "good"
-
-
-def aggregate(rows: Sequence[SuspectRow]) -> list[AggregateRow]:
-    """Joins rows that differ only in the ``/seed-<n>`` at the end of their names.
-
-    Args:
-        rows: suspects of one report.
-
-    Returns:
-        One row a suspect, in order of first appearance. A suspect that occurs once keeps its full name.
-    """
-    groups: dict[tuple[str, ...], list[SuspectRow]] = {}
-    for row in rows:
-        groups.setdefault((row.base_name, row.kind, row.attack, row.labels), []).append(row)
-    return [
-        AggregateRow(members[0].name if len(members) == 1 else name[0], tuple(members))
-        for name, members in groups.items()
-    ]
 
 
 def _claims(report: Report) -> tuple[int, int, int, int]:
@@ -209,6 +97,41 @@ def summary_table(report: Report) -> Table:
             *(str(row.estimate("accuracy")), str(row.estimate("fidelity")), row.wsr_text, str(row.estimate("wfpr"))),
             format_p(row.p_value),
             Text(row.verdict_text, style=colours[row.tone]),
+        )
+    return table
+
+
+def detection_table(report: Report) -> Table:
+    """What the searches for a watermark found, as a compact table for a terminal.
+
+    Args:
+        report: what to show.
+
+    Returns:
+        A rich table, one row a detector and model.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title="Searches for a watermark", box=box.SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left"
+    )
+    for name in ("search", "in", "of"):
+        table.add_column(name)
+    for name in ("AUC", "found", "false alarms", "score", "threshold"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("decision")
+    for row in report.detection:
+        rates = (NOT_ASKED if rate is None else f"{100 * rate:.0f} %" for rate in (row.true_rate, row.false_rate))
+        table.add_row(
+            Text(row.attack),
+            Text(row.target),
+            row.level,
+            NOT_ASKED if row.auc is None else f"{row.auc:.2f}",
+            *rates,
+            *(f"{value:.3g}" for value in (row.score, row.threshold)),
+            Text("marked" if row.decision else "clean", style="yellow" if row.decision else ""),
         )
     return table
 

@@ -5,22 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from meadef_lightning.data.base import SplitDataModule
-from meadef_lightning.experiment.artifacts import config_hash
+from meadef_lightning.detection.base import InputDetector, ModelDetector
 from meadef_lightning.extraction import DistillationDataModule, Student
+from meadef_lightning.extraction.encoder_student import EncoderStudent
 from meadef_lightning.oracle import BlackBox, Policy
+from meadef_lightning.protection.patch import PatchVictim
+from meadef_lightning.removal.base import Removal
+from meadef_lightning.victims.classifier import Classifier
+from meadef_lightning.victims.encoder import Encoder
+from meadef_lightning.victims.simclr import SimCLRVictim
 from meadef_lightning.victims.supervised import SupervisedVictim
 from meadef_lightning.watermark import WatermarkCallback, WatermarkKey
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    pass
+
+RESERVED = {"victim", "clean", "reference", "patched"}
+"""Names that the pipeline gives to its own stages."""
+
+Model = Classifier | Encoder
+"""What a stage trains."""
 
 TrainerOptions = dict[str, Any]
 """Arguments of ``lightning.pytorch.Trainer``, e.g. ``{max_epochs: 30, accelerator: gpu}``."""
@@ -77,11 +87,11 @@ class VictimSpec:
     """The owner's training; it is run twice, with and without the watermark, from the same seed.
 
     Args:
-        model: The victim.
+        model: The victim: a classifier, or an encoder trained without labels.
         trainer: Arguments of the Trainer.
     """
 
-    model: SupervisedVictim
+    model: SupervisedVictim | SimCLRVictim
     trainer: TrainerOptions = field(default_factory=lambda: {"max_epochs": 20})
 
 
@@ -104,8 +114,8 @@ class AttackSpec:
 
     Args:
         name: Unique name, used for directories and in the report.
-        student: The thief's model.
-        policy: What the API answers; ``None`` for soft labels.
+        student: The thief's model. One that imitates features asks an encoder itself, a classifier what stands on it.
+        policy: What the API answers; ``None`` for soft labels. Encoders need ``meadef_lightning.oracle.Features``.
         queries: The attack: makes the thief's data from the oracle and the data splits.
         budget: Most distinct inputs the oracle answers; ``None`` for no limit.
         budgets: Numbers of queries for a curve: the theft is run once for each, as ``NAME-1000`` and so on, with that number as
@@ -114,7 +124,7 @@ class AttackSpec:
     """
 
     name: str
-    student: Student
+    student: Student | EncoderStudent
     policy: Policy | None = None
     queries: Callable[[BlackBox, SplitDataModule], LightningDataModule] = DistillationDataModule
     budget: int | None = None
@@ -134,9 +144,71 @@ class IndependentSpec:
     """
 
     name: str
-    model: SupervisedVictim
+    model: SupervisedVictim | SimCLRVictim
     trainer: TrainerOptions = field(default_factory=lambda: {"max_epochs": 20})
     count: int = 1
+
+
+@dataclass
+class DownstreamSpec:
+    """What stands on an encoder: a linear probe on its frozen features, by which encoders are judged as classifiers are.
+
+    Args:
+        split: Whose labelled images it is fitted on, the same for every encoder; neither test nor verification images.
+        weight_decay: L2 penalty of its weights.
+    """
+
+    split: Literal["attacker", "victim"] = "attacker"
+    weight_decay: float = 1e-3
+
+
+@dataclass
+class RemovalSpec:
+    """One attack that scrubs a watermark off a model which the thief holds with all its weights.
+
+    Args:
+        name: Unique name; what is left of TARGET is the suspect ``TARGET.NAME``.
+        method: The attack.
+        of: Models it acts on: ``victim``, ``patched`` (the positive control), or names of thefts.
+        points: Accuracy on his own images that the thief gives away at most, in ``[0, 1]``.
+        share: Share of the attacker's split that he has, in ``(0, 1]``.
+    """
+
+    name: str
+    method: Removal
+    of: list[str] = field(default_factory=lambda: ["victim"])
+    points: float = 0.05
+    share: float = 1.0
+
+
+@dataclass
+class DetectionSpec:
+    """One search for a watermark, in a model or among the queries that it is asked.
+
+    Args:
+        name: Unique name.
+        method: The detector. One that searches models also searches the clean ones, its negative controls.
+        of: Models it acts on, as for removals.
+        share: Share of the attacker's split that the searcher has, in ``(0, 1]``.
+    """
+
+    name: str
+    method: ModelDetector | InputDetector
+    of: list[str] = field(default_factory=lambda: ["victim"])
+    share: float = 1.0
+
+
+@dataclass
+class PatchedSpec:
+    """The positive control of removals and detections: a victim with a plain patch backdoor, which the methods were made for.
+
+    Args:
+        model: The victim; ``None`` for no positive control.
+        trainer: Arguments of the Trainer.
+    """
+
+    model: PatchVictim | None = None
+    trainer: TrainerOptions = field(default_factory=lambda: {"max_epochs": 20})
 
 
 @dataclass
@@ -170,127 +242,9 @@ class ExperimentSpec:
     watermark: WatermarkSpec
     extraction: list[AttackSpec]
     independent: list[IndependentSpec]
+    downstream: DownstreamSpec
+    patched: PatchedSpec
+    removal: list[RemovalSpec]
+    detection: list[DetectionSpec]
     verification: VerificationSpec
     seeds: list[int]
-
-
-def experiment_parser(**kwargs: Any) -> ArgumentParser:
-    """Makes the parser of experiment files, whose options are documented by the types and docstrings above."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
-
-    parser = ArgumentParser(parser_mode="yaml", default_env=False, **kwargs)
-    parser.add_argument("--config", action=ActionConfigFile, help="Experiment YAML; later ones override earlier ones.")
-    parser.add_argument("--experiment", type=str, required=True, help="Name of the experiment.")
-    parser.add_argument(
-        "--seeds", type=list[int], default=[0], help="Seeds; each runs the whole chain, splits and trainings alike."
-    )
-    parser.add_subclass_arguments(SplitDataModule, "data", required=True)
-    parser.add_class_arguments(VictimSpec, "victim")
-    parser.add_class_arguments(WatermarkSpec, "watermark")
-    parser.add_argument("--extraction", type=list[AttackSpec], default=[], help="Thefts.")
-    parser.add_argument("--independent", type=list[IndependentSpec], help="Negative controls, at least one.")
-    parser.add_class_arguments(VerificationSpec, "verification")
-    return parser
-
-
-class Experiment:
-    """A parsed experiment that can be instantiated as often as needed: each stage of each seed gets fresh objects.
-
-    Args:
-        parser: The parser of :func:`experiment_parser`.
-        config: What it parsed.
-
-    Raises:
-        MisconfigurationException: If names repeat, seeds are missing or repeat, or there is no negative control.
-    """
-
-    def __init__(self, parser: ArgumentParser, config: Namespace) -> None:
-        self._parser, self._config = parser, config.clone()
-        self._config.pop("config", None)
-        self._config.extraction = [cell for attack in self._config.extraction for cell in _cells(attack)]
-        spec = self.build()
-        names = [attack.name for attack in spec.extraction] + [control.name for control in spec.independent]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        reserved = sorted({"victim", "clean", "reference"} & set(names))
-        if (
-            twice
-            or reserved
-            or not all(name.replace("-", "").replace("_", "").replace(".", "").isalnum() for name in names)
-        ):
-            raise MisconfigurationException(
-                f"Attacks and controls need names of their own made of letters, digits, '-', '_' and '.', got {names}"
-                + (f"; reserved: {reserved}" if reserved else "")
-                + (f"; twice: {twice}" if twice else "")
-            )
-        if not spec.independent or any(control.count < 1 for control in spec.independent):
-            raise MisconfigurationException(
-                "An experiment needs at least one independent model (independent: [...], count >= 1): without a negative "
-                "control its table proves nothing."
-            )
-        if not spec.seeds or len(set(spec.seeds)) != len(spec.seeds) or min(spec.seeds) < 0:
-            raise MisconfigurationException(
-                f"seeds={spec.seeds} must be different integers of at least 0, at least one."
-            )
-        self.name, self.seeds = spec.experiment, spec.seeds
-
-    def build(self) -> ExperimentSpec:
-        """Instantiates everything anew, on CPU, without touching torch's random state."""
-        with torch.random.fork_rng():
-            objects = self._parser.instantiate(self._config)
-        return ExperimentSpec(**{name: objects[name] for name in ExperimentSpec.__dataclass_fields__})
-
-    def config(self, path: str | None = None) -> Any:
-        """Returns the configuration as plain values, whole or the part at a dotted ``path``."""
-        from jsonargparse import Namespace
-
-        part = self._config if path is None else self._config[path]
-        if isinstance(part, list):
-            return [item.as_dict() if isinstance(item, Namespace) else item for item in part]
-        return part.as_dict() if isinstance(part, Namespace) else part
-
-    def yaml(self) -> str:
-        """Returns the whole configuration as YAML that runs again."""
-        text: str = self._parser.dump(self._config, skip_unset=False)
-        return text
-
-    def hash_of(self, *parts: Any) -> str:
-        """Returns a digest of configuration parts, for a stage's inputs."""
-        return config_hash(parts)
-
-
-def _cells(attack: Namespace) -> list[Namespace]:
-    """The thefts that an attack's ``budgets`` stand for: the attack itself if there are none."""
-    if not attack.budgets:
-        return [attack]
-    cells = []
-    for budget in attack.budgets:
-        cell = attack.clone()
-        if "queries" not in (cell.queries.get("init_args") or {}):
-            raise MisconfigurationException(
-                f"The attack {attack.name!r} has budgets, but {cell.queries.get('class_path')} takes no `queries` argument to set to "
-                "them. List one attack per size instead."
-            )
-        cell.name, cell.budgets = f"{attack.name}-{budget}", []
-        cell.queries.init_args.queries = budget
-        cells.append(cell)
-    return cells
-
-
-def load_experiment(files: list[str | Path], overrides: list[str] | None = None) -> Experiment:
-    """Reads experiment files and command-line overrides.
-
-    Args:
-        files: YAML files; later ones override earlier ones.
-        overrides: Arguments like ``["--victim.trainer.max_epochs", "3"]``.
-
-    Raises:
-        MisconfigurationException: If a file is missing, unreadable, or says something the types do not allow.
-    """
-    parser = experiment_parser(exit_on_error=False)
-    arguments = [part for file in files for part in ("--config", str(file))] + list(overrides or [])
-    from jsonargparse import ArgumentError
-
-    try:
-        return Experiment(parser, parser.parse_args(arguments))
-    except ArgumentError as error:
-        raise MisconfigurationException(f"The experiment {', '.join(map(str, files))} is not valid: {error}") from error

@@ -10,16 +10,17 @@ from __future__ import annotations
 import csv
 import io
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from typing_extensions import override
 
 from meadef_lightning.data.base import SplitDataModule
@@ -31,13 +32,17 @@ from meadef_lightning.experiment.artifacts import (
     write_json_atomic,
     write_text_atomic,
 )
-from meadef_lightning.experiment.spec import AttackSpec, TrainerOptions
+from meadef_lightning.experiment.spec import AttackSpec, Model, TrainerOptions
+from meadef_lightning.experiment.tracking import Track, untracked
 from meadef_lightning.oracle import Oracle, QueryLedger
 from meadef_lightning.quiet import quiet
 from meadef_lightning.victims.classifier import Classifier
+from meadef_lightning.victims.encoder import Encoder
 
 MODEL = Path("checkpoints") / "model.ckpt"
 RESULT = "result.json"
+AnyModel = TypeVar("AnyModel", Classifier, Encoder, Model)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def derived_seed(seed: int, *names: str) -> int:
@@ -63,12 +68,25 @@ class EpochSeed(Callback):
         torch.manual_seed(derived_seed(self.seed, f"epoch {trainer.current_epoch}", f"rank {trainer.global_rank}"))
 
 
+def row_identity(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
+    """Returns what a row of metrics tells: its step and its columns. An epoch that is repeated after an interruption tells it again."""
+    return int(row["step"]), frozenset(row) - {"step"}
+
+
+def logged_rows(logs: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields the rows of metrics that the attempts at a stage logged, each with its attempt's number, empty columns left out."""
+    attempts = {int(path.parent.name.partition("_")[2]): path for path in logs.glob("attempt_*/metrics.csv")}
+    for number in sorted(attempts):
+        with attempts[number].open(newline="") as file:
+            for line in csv.DictReader(file):
+                row = {name: value for name, value in line.items() if value}
+                if "step" in row:
+                    yield number, row
+
+
 def join_metrics(logs: Path) -> str:
-    """Joins the metrics of all attempts at a stage, in order, into one CSV text with all their columns."""
-    rows: list[dict[str, str]] = []
-    for attempt in sorted(logs.glob("attempt_*/metrics.csv"), key=lambda path: int(path.parent.name.partition("_")[2])):
-        with attempt.open(newline="") as file:
-            rows += list(csv.DictReader(file))
+    """Joins the metrics of all attempts at a stage, in order, into one CSV text with all their columns; none is told twice."""
+    rows = list({row_identity(row): row for _, row in logged_rows(logs)}.values())
     text = io.StringIO()
     columns = sorted({name for row in rows for name in row}, key=lambda name: (name not in ("epoch", "step"), name))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -79,13 +97,14 @@ def join_metrics(logs: Path) -> str:
 
 def fit(
     stage: Stage,
-    model: Classifier,
+    model: Model,
     data: LightningDataModule,
     options: TrainerOptions,
     seed: int,
     model_config: Mapping[str, Any],
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, float]:
-    """Trains a classifier in a stage's directory, or goes on where an interrupted attempt stopped, and tests it.
+    """Trains a model in a stage's directory, or goes on where an interrupted attempt stopped, and tests a classifier.
 
     Args:
         stage: The running stage.
@@ -94,6 +113,7 @@ def fit(
         options: Arguments of the Trainer.
         seed: Seed of everything random in the training.
         model_config: ``class_path`` and ``init_args`` of the model, for ``config.yaml``.
+        loggers: Where metrics go besides ``metrics.csv``.
 
     Returns:
         The metrics of the last epoch and the test.
@@ -115,8 +135,11 @@ def fit(
         trainer = Trainer(
             **{"enable_model_summary": False, "log_every_n_steps": 10, **options},
             default_root_dir=directory,
-            # without a version, which would stand in the progress bar
-            logger=CSVLogger(directory / "logs", name=f"attempt_{attempts}", version=""),
+            logger=[
+                # no version, which would stand in the progress bar; written at once, so that a killed run has lost nothing
+                CSVLogger(directory / "logs", name=f"attempt_{attempts}", version="", flush_logs_every_n_steps=1),
+                *loggers,
+            ],
             callbacks=[EpochSeed(seed), ModelCheckpoint(resume.parent, save_top_k=0, save_last=True)],
         )
         trainer.fit(model, datamodule=data, ckpt_path=resume if resume.exists() else None, weights_only=True)
@@ -124,7 +147,8 @@ def fit(
         if trainer.interrupted:
             raise KeyboardInterrupt
         trainer.save_checkpoint(directory / MODEL, weights_only=True)
-        metrics.update({k: float(v) for k, v in trainer.test(model, datamodule=data, verbose=False)[0].items()})
+        if isinstance(model, Classifier):
+            metrics.update({k: float(v) for k, v in trainer.test(model, datamodule=data, verbose=False)[0].items()})
     write_text_atomic(directory / "metrics.csv", join_metrics(directory / "logs"))
     if trainer.is_global_zero:
         # a full checkpoint holds the watermark's source samples: not to be left lying about
@@ -132,7 +156,7 @@ def fit(
     return metrics
 
 
-def read_weights(model: LightningModule, checkpoint: Path) -> LightningModule:
+def read_weights(model: AnyModule, checkpoint: Path) -> AnyModule:
     """Loads a checkpoint's weights into a built module, without unpickling anything but tensors.
 
     Args:
@@ -166,9 +190,17 @@ def read_weights(model: LightningModule, checkpoint: Path) -> LightningModule:
     return model.eval()
 
 
-def load_weights(model: Classifier, data: SplitDataModule, checkpoint: Path) -> Classifier:
-    """Builds a classifier's network for the data and loads its weights; see :func:`read_weights`."""
-    model.build_network(data.num_classes, data.image_shape[0])
+def build_network(model: Model, data: SplitDataModule) -> None:
+    """Builds the network of a classifier or an encoder for the data."""
+    if isinstance(model, Encoder):
+        model.build_network(data.image_shape[0])
+    else:
+        model.build_network(data.num_classes, data.image_shape[0])
+
+
+def load_weights(model: AnyModel, data: SplitDataModule, checkpoint: Path) -> AnyModel:
+    """Builds a model's network for the data and loads its weights; see :func:`read_weights`."""
+    build_network(model, data)
     read_weights(model, checkpoint)
     return model
 
@@ -177,11 +209,12 @@ def train_stage(
     directory: Path,
     name: str,
     inputs: Mapping[str, str],
-    build: Callable[[], tuple[Classifier, LightningDataModule, TrainerOptions]],
+    build: Callable[[], tuple[Model, LightningDataModule, TrainerOptions]],
     seed: int,
     model_config: Mapping[str, Any],
+    track: Track = untracked,
 ) -> dict[str, Any]:
-    """Trains one classifier of the owner's or an independent party's.
+    """Trains one model of the owner's or an independent party's.
 
     Args:
         directory: The stage's directory.
@@ -190,14 +223,15 @@ def train_stage(
         build: Makes model, data and Trainer options; called only if there is something to do.
         seed: Seed of the training.
         model_config: For ``config.yaml``.
+        track: Follows the stage.
 
     Returns:
         What ``result.json`` holds: ``{"metrics": …, "sha256": …}``.
     """
-    with Stage(directory, name, inputs) as stage:
+    with Stage(directory, name, inputs) as stage, track(stage) as loggers:
         if not stage.done:
             model, data, options = build()
-            metrics = fit(stage, model, data, options, seed, model_config)
+            metrics = fit(stage, model, data, options, seed, model_config, loggers)
             _write_result(stage, {"metrics": metrics})
         return _result(directory)
 
@@ -206,10 +240,11 @@ def extraction_stage(
     directory: Path,
     attack: AttackSpec,
     inputs: Mapping[str, str],
-    victim: Callable[[], Classifier],
+    victim: Callable[[], Model],
     data: SplitDataModule,
     seed: int,
     model_config: Mapping[str, Any],
+    track: Track = untracked,
 ) -> dict[str, Any]:
     """Steals the victim through the oracle.
 
@@ -223,15 +258,17 @@ def extraction_stage(
         data: The data splits; the attack sees the attacker's only.
         seed: Seed of the theft.
         model_config: The student's configuration, for ``config.yaml``.
+        track: Follows the stage.
 
     Returns:
         What ``result.json`` holds: ``{"metrics": …, "labels": …, "queries": …, "sha256": …}``.
     """
-    with Stage(directory, attack.name, inputs) as stage:
+    with Stage(directory, attack.name, inputs) as stage, track(stage) as loggers:
         if not stage.done:
             ledger = QueryLedger(directory / "queries.sqlite", budget=attack.budget)
             oracle = Oracle(victim(), attack.policy, ledger)
-            metrics = fit(stage, attack.student, attack.queries(oracle, data), attack.trainer, seed, model_config)
+            queries = attack.queries(oracle, data)
+            metrics = fit(stage, attack.student, queries, attack.trainer, seed, model_config, loggers)
             _write_result(stage, {"metrics": metrics, "labels": oracle.labels, "queries": ledger.totals().distinct})
         return _result(directory)
 

@@ -1,5 +1,7 @@
 """Shrinks the shipped experiments to a size that a test can run: the same YAML, fewer images, one or two epochs."""
 
+import importlib
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ ATTACK = {
     "interim_epochs": 1,
 }  # fmt: skip
 """Smaller numbers for the arguments of attacks that have them."""
+METHOD = {"epochs": 1, "steps": 2, "rounds": 1, "candidates": 1, "strengths": [0.5], "images": 4, "overlays": 3}
+"""The same for removals and detectors."""
 VERIFICATION = {"samples": 40, "decoys": 99, "decoy_samples": 4}
 
 
@@ -35,7 +39,13 @@ def merged(*files):
 def shrink(config, trainer=TRAINER, **data):
     """The configuration with small data, short trainings and one seed."""
     config["data"]["init_args"] |= {**SIZES, **data}
-    trainings = [config["victim"], *config["extraction"], *config["independent"]]
+    patched = [config["patched"]] if "patched" in config else []
+    trainings = [config["victim"], *patched, *config["extraction"], *config["independent"]]
+    for acting in config.get("removal", []) + config.get("detection", []):
+        module, _, name = acting["method"]["class_path"].rpartition(".")
+        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        arguments = acting["method"].setdefault("init_args", {})
+        arguments |= {name: value for name, value in METHOD.items() if name in parameters}
     for training in trainings:
         training["trainer"] = {**trainer, **QUIET}
     for attack in config["extraction"]:

@@ -9,8 +9,8 @@ from scipy.stats import t
 from small import EXPERIMENTS
 
 from meadef_lightning.experiment.curves import budget_curves, budget_series
-from meadef_lightning.experiment.report import SuspectRow
-from meadef_lightning.experiment.spec import load_experiment
+from meadef_lightning.experiment.load import load_experiment
+from meadef_lightning.experiment.rows import SuspectRow
 
 DIGITS = EXPERIMENTS / "digits" / "supervised.yaml"
 

@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from sklearn.decomposition import PCA
 
 from meadef_lightning.experiment import artifacts
+from meadef_lightning.experiment.aggregate import aggregate
 from meadef_lightning.experiment.artifacts import OutputError
 from meadef_lightning.experiment.figures import (
     KIND_COLOURS,
@@ -23,8 +24,7 @@ from meadef_lightning.experiment.figures import (
     watermark_grid,
     wsr_bars,
 )
-from meadef_lightning.experiment.render import aggregate
-from meadef_lightning.experiment.report import SuspectRow
+from meadef_lightning.experiment.rows import SuspectRow
 
 NAMES = ["shirt", "trouser", "pullover", "$x^{$", "a very long class name of many words"]
 

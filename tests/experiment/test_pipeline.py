@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small import QUIET, merged, shrink, write
 
 from meadef_lightning.experiment import stages
+from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.pipeline import run
-from meadef_lightning.experiment.spec import load_experiment
 from meadef_lightning.verification import check_evidence
 from meadef_lightning.victims import SupervisedVictim
 from meadef_lightning.watermark import WatermarkKey

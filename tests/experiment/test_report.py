@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
+from meadef_lightning.experiment.aggregate import Estimate, aggregate
 from meadef_lightning.experiment.artifacts import OutputError
 from meadef_lightning.experiment.render import (
     CSV_COLUMNS,
     NOT_ASKED,
-    Estimate,
     ReportExtras,
     ReportFigure,
-    aggregate,
     format_p,
     headline,
     package_versions,
@@ -33,16 +32,21 @@ from meadef_lightning.experiment.render import (
     to_html,
     write_report,
 )
-from meadef_lightning.experiment.report import KeyInfo, Report, SuspectRow, VictimRow
+from meadef_lightning.experiment.report import Report
+from meadef_lightning.experiment.rows import DetectionRow, KeyInfo, PathPoint, RemovalRow, SuspectRow, VictimRow
 
 # the published schema, value by value; "a|b" lists what an enumeration allows
 SCHEMA = json.loads("""
-{"schema_version": 1, "experiment": "...", "seeds": [0], "key": {"commitment": "...", "drawn_uniformly": true},
+{"schema_version": 2, "experiment": "...", "seeds": [0], "key": {"commitment": "...", "drawn_uniformly": true},
  "victim": {"accuracy": 0.0, "clean_accuracy": 0.0, "wsr": 0.0, "wfpr": 0.0},
  "suspects": [{"name": "...", "kind": "extracted|removed|independent|victim", "attack": "...",
                "labels": "soft|hard|topk|feature", "queries": 0, "accuracy": 0.0, "fidelity": 0.0, "wsr": 0.0,
                "wsr_ci": [0.0, 0.0], "wfpr": 0.0, "p_value": 0.0,
-               "verdict": "supported|inconclusive|not supported"}]}
+               "verdict": "supported|inconclusive|not supported"}],
+ "removal": [{"name": "...", "target": "...", "attack": "...", "unit": "...", "points": 0.0, "chosen": 0.0,
+              "curve": [{"strength": 0.0, "accuracy": 0.0, "wsr": 0.0, "wfpr": 0.0}]}],
+ "detection": [{"attack": "...", "target": "...", "level": "model|inputs", "score": 0.0, "threshold": 0.0,
+                "decision": true, "auc": 0.0, "true_rate": 0.0, "false_rate": 0.0}]}
 """)
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror='a()'>\"'&"
 PNG = b"\x89PNG\r\n\x1a\n" + b"not really a picture"
@@ -72,6 +76,8 @@ def report(*suspects, **changes):
         "key": KeyInfo("ab" * 32, True),
         "victim": VictimRow(0.969, 0.972, 1.0, 0.012),
         "suspects": suspects or (suspect(), independent()),
+        "removal": (RemovalRow("victim.wrk", "victim", "WRK", "epochs", 0.05, 1, (PathPoint(0, 0.97, 1, 0.01),)),),
+        "detection": (DetectionRow("lof", "victim", "inputs", 1, 2.5, False, 0.5, 0.01, 0.02),),
     }
     return Report(**{**values, **changes})
 
@@ -164,7 +170,7 @@ def change(path, value):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change(["schema_version"], 2), r"schema_version 2 is unknown: this package reads version 1.*Install"),
+        (change(["schema_version"], 3), r"schema_version 3 is unknown: this package reads version 2.*Install"),
         (change(["schema_version"], "1"), r"schema_version '1' is unknown"),
         (change(["schema_version"], True), r"schema_version True is unknown"),
         (change(["schema_version"], KeyError), r"missing \['schema_version'\]"),

@@ -1,0 +1,167 @@
+"""From experiment files and command-line overrides to an experiment that can be built as often as needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from meadef_lightning.data.base import SplitDataModule
+from meadef_lightning.experiment.artifacts import config_hash
+from meadef_lightning.experiment.spec import (
+    RESERVED,
+    AttackSpec,
+    DetectionSpec,
+    DownstreamSpec,
+    ExperimentSpec,
+    IndependentSpec,
+    PatchedSpec,
+    RemovalSpec,
+    VerificationSpec,
+    VictimSpec,
+    WatermarkSpec,
+)
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def experiment_parser(**kwargs: Any) -> ArgumentParser:
+    """Makes the parser of experiment files, whose options are documented by the types and docstrings above."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(parser_mode="yaml", default_env=False, **kwargs)
+    parser.add_argument("--config", action=ActionConfigFile, help="Experiment YAML; later ones override earlier ones.")
+    parser.add_argument("--experiment", type=str, required=True, help="Name of the experiment.")
+    parser.add_argument(
+        "--seeds", type=list[int], default=[0], help="Seeds; each runs the whole chain, splits and trainings alike."
+    )
+    parser.add_subclass_arguments(SplitDataModule, "data", required=True)
+    parser.add_class_arguments(VictimSpec, "victim")
+    parser.add_class_arguments(WatermarkSpec, "watermark")
+    parser.add_argument("--extraction", type=list[AttackSpec], default=[], help="Thefts.")
+    parser.add_argument("--independent", type=list[IndependentSpec], help="Negative controls, at least one.")
+    parser.add_class_arguments(DownstreamSpec, "downstream")
+    parser.add_class_arguments(PatchedSpec, "patched")
+    parser.add_argument(
+        "--removal", type=list[RemovalSpec], default=[], help="Attacks on the watermark of models at hand."
+    )
+    parser.add_argument("--detection", type=list[DetectionSpec], default=[], help="Searches for a watermark.")
+    parser.add_class_arguments(VerificationSpec, "verification")
+    return parser
+
+
+class Experiment:
+    """A parsed experiment that can be instantiated as often as needed: each stage of each seed gets fresh objects.
+
+    Args:
+        parser: The parser of :func:`experiment_parser`.
+        config: What it parsed.
+
+    Raises:
+        MisconfigurationException: If names repeat, seeds are missing or repeat, or there is no negative control.
+    """
+
+    def __init__(self, parser: ArgumentParser, config: Namespace) -> None:
+        self._parser, self._config = parser, config.clone()
+        self._config.pop("config", None)
+        self._config.extraction = [cell for attack in self._config.extraction for cell in _cells(attack)]
+        spec = self.build()
+        thefts = [attack.name for attack in spec.extraction]
+        check_names("Attacks and controls", thefts + [control.name for control in spec.independent])
+        patched = ["patched"] if spec.patched.model is not None else []
+        for kind, acting in (("removal", spec.removal), ("detection", spec.detection)):
+            check_names(f"The entries of {kind}", [item.name for item in acting])
+            unknown = sorted({name for item in acting for name in item.of} - {"victim", *patched, *thefts})
+            if unknown:
+                raise MisconfigurationException(
+                    f"{kind} acts on {unknown}, which this experiment does not have. There are: victim, {', '.join(patched + thefts)}"
+                    + ("." if patched else "; for `patched` give patched.model.")
+                )
+        if not spec.independent or any(control.count < 1 for control in spec.independent):
+            raise MisconfigurationException(
+                "An experiment needs at least one independent model (independent: [...], count >= 1): without a negative "
+                "control its table proves nothing."
+            )
+        if not spec.seeds or len(set(spec.seeds)) != len(spec.seeds) or min(spec.seeds) < 0:
+            raise MisconfigurationException(
+                f"seeds={spec.seeds} must be different integers of at least 0, at least one."
+            )
+        self.name, self.seeds = spec.experiment, spec.seeds
+
+    def build(self) -> ExperimentSpec:
+        """Instantiates everything anew, on CPU, without touching torch's random state."""
+        with torch.random.fork_rng():
+            objects = self._parser.instantiate(self._config)
+        return ExperimentSpec(**{name: objects[name] for name in ExperimentSpec.__dataclass_fields__})
+
+    def config(self, path: str | None = None) -> Any:
+        """Returns the configuration as plain values, whole or the part at a dotted ``path``."""
+        from jsonargparse import Namespace
+
+        part = self._config if path is None else self._config[path]
+        if isinstance(part, list):
+            return [item.as_dict() if isinstance(item, Namespace) else item for item in part]
+        return part.as_dict() if isinstance(part, Namespace) else part
+
+    def yaml(self) -> str:
+        """Returns the whole configuration as YAML that runs again."""
+        text: str = self._parser.dump(self._config, skip_unset=False)
+        return text
+
+    def hash_of(self, *parts: Any) -> str:
+        """Returns a digest of configuration parts, for a stage's inputs."""
+        return config_hash(parts)
+
+
+def _cells(attack: Namespace) -> list[Namespace]:
+    """The thefts that an attack's ``budgets`` stand for: the attack itself if there are none."""
+    if not attack.budgets:
+        return [attack]
+    cells = []
+    for budget in attack.budgets:
+        cell = attack.clone()
+        if "queries" not in (cell.queries.get("init_args") or {}):
+            raise MisconfigurationException(
+                f"The attack {attack.name!r} has budgets, but {cell.queries.get('class_path')} takes no `queries` argument to set to "
+                "them. List one attack per size instead."
+            )
+        cell.name, cell.budgets = f"{attack.name}-{budget}", []
+        cell.queries.init_args.queries = budget
+        cells.append(cell)
+    return cells
+
+
+def check_names(what: str, names: list[str]) -> None:
+    """Raises a ``MisconfigurationException`` if names repeat, are reserved, or could not be those of directories."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    reserved = sorted(RESERVED & set(names))
+    odd = [name for name in names if not name.replace("-", "").replace("_", "").replace(".", "").isalnum()]
+    if twice or reserved or odd:
+        raise MisconfigurationException(
+            f"{what} need names of their own made of letters, digits, '-', '_' and '.', got {names}"
+            + (f"; reserved: {reserved}" if reserved else "")
+            + (f"; twice: {twice}" if twice else "")
+        )
+
+
+def load_experiment(files: list[str | Path], overrides: list[str] | None = None) -> Experiment:
+    """Reads experiment files and command-line overrides.
+
+    Args:
+        files: YAML files; later ones override earlier ones.
+        overrides: Arguments like ``["--victim.trainer.max_epochs", "3"]``.
+
+    Raises:
+        MisconfigurationException: If a file is missing, unreadable, or says something the types do not allow.
+    """
+    parser = experiment_parser(exit_on_error=False)
+    arguments = [part for file in files for part in ("--config", str(file))] + list(overrides or [])
+    from jsonargparse import ArgumentError
+
+    try:
+        return Experiment(parser, parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise MisconfigurationException(f"The experiment {', '.join(map(str, files))} is not valid: {error}") from error

@@ -1,0 +1,327 @@
+"""The chain for one seed: every model of an experiment is trained, stolen, scrubbed and judged in a stage of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from meadef_lightning.experiment.artifacts import Stage, is_rank_zero, read_json, write_json_atomic
+from meadef_lightning.experiment.gallery import verdict_figure
+from meadef_lightning.experiment.load import Experiment
+from meadef_lightning.experiment.rows import Kind, Labels, SuspectRow
+from meadef_lightning.experiment.spec import ExperimentSpec, Model, TrainerOptions
+from meadef_lightning.experiment.stages import MODEL, RESULT, derived_seed, extraction_stage, load_weights, train_stage
+from meadef_lightning.experiment.tracking import StageKind, Track, Tracker
+from meadef_lightning.quiet import quiet
+from meadef_lightning.verification import Fidelity, Responses, VerificationDataModule, verify
+from meadef_lightning.verification.features import FeatureAnswers, feature_answers, feature_verdict
+from meadef_lightning.victims.classifier import Classifier
+from meadef_lightning.victims.downstream import DownstreamClassifier
+from meadef_lightning.victims.encoder import Encoder
+from meadef_lightning.watermark import WatermarkKey
+
+KEY_FILE = "watermark.key.json"
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A trained model that is to be judged.
+
+    Args:
+        name: Its name in directories and report.
+        kind: As in ``report.json``.
+        attack: How it was made, for the report.
+        labels: What it was trained on.
+        queries: Distinct inputs the oracle was asked.
+        directory: Its stage.
+        sha256: Digest of its checkpoint.
+        build: Makes the model, weights not loaded.
+    """
+
+    name: str
+    kind: Kind
+    attack: str
+    labels: Labels
+    queries: int
+    directory: Path
+    sha256: str
+    build: Callable[[], Model]
+
+
+class SeedRun:
+    """The chain for one seed: all stages below one directory.
+
+    Args:
+        experiment: The experiment.
+        root: Where the stages' directories go.
+        seed: The seed: of splits, trainings and thefts.
+        tracker: What follows the stages; nothing by default.
+    """
+
+    def __init__(self, experiment: Experiment, root: Path, seed: int, tracker: Tracker | None = None) -> None:
+        self.experiment, self.root, self.seed, self.tracker = experiment, root, seed, tracker or Tracker()
+        self.spec = self.fresh()
+        self.data = self.spec.data
+        self.data.prepare_data()
+        self.data.setup()
+        self.key = self._key()
+        self.base = {
+            "data": experiment.hash_of(experiment.config("data"), self.data.split_summary()),
+            "seed": experiment.hash_of(seed),
+        }
+
+    def fresh(self) -> ExperimentSpec:
+        """Returns newly built objects; the data's splits follow the seed."""
+        spec = self.experiment.build()
+        spec.data.seed += self.seed
+        return spec
+
+    def _key(self) -> WatermarkKey:
+        key = self.spec.watermark.key.resolve(self.data.num_classes)
+        path = self.root / KEY_FILE
+        if self.spec.watermark.key.file is None and not path.exists() and is_rank_zero():
+            key.save(path)
+        return key
+
+    def track(self, kind: StageKind) -> Track:
+        """Returns what follows a stage of this seed."""
+        return self.tracker.stage(kind, self.seed, self.key)
+
+    # ---- models
+
+    def victim(self, name: Literal["victim", "clean", "reference"]) -> dict[str, Any]:
+        """Trains the victim, or without the watermark its clean twin from the same seed, or the reference from another one."""
+        watermarked = name == "victim"
+        config = self.experiment.config("victim")
+        inputs = {**self.base, "config": self.experiment.hash_of(config)}
+        if watermarked:
+            callback = self.experiment.config("watermark.callback")
+            inputs |= {"watermark": self.experiment.hash_of(callback), "key": self.key.commitment()}
+
+        def build() -> tuple[Model, LightningDataModule, TrainerOptions]:
+            spec = self.fresh()
+            if watermarked:
+                spec.victim.model.watermark = spec.watermark.callback(self.key)
+            return spec.victim.model, spec.data, spec.victim.trainer
+
+        seed = derived_seed(self.seed, "reference" if name == "reference" else "victim")
+        return train_stage(self.root / name, name, inputs, build, seed, config["model"], self.track("train"))
+
+    def patched(self) -> Suspect:
+        """Trains the positive control of removals and detections; it is attacked, and not judged."""
+        config = self.experiment.config("patched")
+        inputs = {**self.base, "config": self.experiment.hash_of(config)}
+
+        def model() -> Classifier:
+            patched = self.fresh().patched.model
+            if patched is None:
+                raise ValueError("The experiment has no positive control; give it patched.model.")
+            return patched
+
+        def build() -> tuple[Model, LightningDataModule, TrainerOptions]:
+            spec = self.fresh()
+            return model(), spec.data, spec.patched.trainer
+
+        directory = self.root / "patched"
+        seed = derived_seed(self.seed, "victim")
+        result = train_stage(directory, "patched", inputs, build, seed, config["model"], self.track("train"))
+        return Suspect("patched", "victim", "none", "hard", 0, directory, result["sha256"], model)
+
+    def load_model(self, suspect: Suspect) -> Model:
+        """Loads what a suspect is: a classifier or an encoder, with its weights."""
+        return load_weights(suspect.build(), self.data, suspect.directory / MODEL)
+
+    def load(self, suspect: Suspect) -> Classifier:
+        """Loads what is judged of a suspect: a classifier, on top of it if it is an encoder."""
+        return self._classifier(self.load_model(suspect))
+
+    def _standing(self) -> dict[str, str]:
+        """What stages of a classifier on top of an encoder depend on besides; nothing if the victim is a classifier itself."""
+        config = self.experiment.config("downstream")
+        return {"downstream": self.experiment.hash_of(config)} if isinstance(self.spec.victim.model, Encoder) else {}
+
+    def _classifier(self, model: Model) -> Classifier:
+        if isinstance(model, Classifier):
+            return model
+        downstream = self.spec.downstream
+        x, y = self.data.tensors(downstream.split)
+        return DownstreamClassifier.probe(model, x, y, self.data.num_classes, downstream.weight_decay)
+
+    def load_classifier(self) -> Classifier:
+        """Loads the victim, or the classifier that stands on it."""
+        return self._classifier(self.load_victim())
+
+    def load_victim(self, name: Literal["victim", "reference"] = "victim") -> Model:
+        """Loads the trained victim, or its reference."""
+        return load_weights(self.fresh().victim.model, self.data, self.root / name / MODEL)
+
+    def suspects(self) -> list[tuple[str, Callable[[], Suspect]]]:
+        """Returns each suspect's name and what makes it, in the order of the report."""
+        todo: list[tuple[str, Callable[[], Suspect]]] = [
+            ("victim", self._victim_suspect),
+            ("clean", self._clean_suspect),
+        ]
+        for i, attack in enumerate(self.spec.extraction):
+            todo.append((attack.name, lambda i=i: self._steal(i)))  # type: ignore[misc]
+        for i, control in enumerate(self.spec.independent):
+            for j in range(control.count):
+                name = control.name if control.count == 1 else f"{control.name}-{j}"
+                todo.append((name, lambda i=i, j=j, name=name: self._independent(i, j, name)))  # type: ignore[misc]
+        return todo
+
+    def _victim_suspect(self) -> Suspect:
+        result = self.victim("victim")
+        return Suspect(
+            "victim",
+            "victim",
+            "none",
+            "hard",
+            0,
+            self.root / "victim",
+            result["sha256"],
+            lambda: self.fresh().victim.model,
+        )
+
+    def _clean_suspect(self) -> Suspect:
+        result = self.victim("clean")
+        return Suspect(
+            "clean",
+            "independent",
+            "none: the victim's training without watermark",
+            "hard",
+            0,
+            self.root / "clean",
+            result["sha256"],
+            lambda: self.fresh().victim.model,
+        )
+
+    def _steal(self, index: int) -> Suspect:
+        spec = self.fresh()
+        attack, config = spec.extraction[index], self.experiment.config("extraction")[index]
+        inputs = {
+            **self.base,
+            "config": self.experiment.hash_of(config),
+            "victim": read_json(self.root / "victim" / RESULT)["sha256"],
+            **({} if isinstance(attack.student, Encoder) else self._standing()),
+        }
+        directory = self.root / attack.name
+
+        def victim() -> Model:
+            model = self.load_victim()
+            return model if isinstance(attack.student, Encoder) else self._classifier(model)
+
+        seed = derived_seed(self.seed, attack.name)
+        track = self.track("extract")
+        result = extraction_stage(directory, attack, inputs, victim, spec.data, seed, config["student"], track)
+        return Suspect(
+            attack.name, "extracted", _class_name(config["queries"]).removesuffix("DataModule"), result["labels"], result["queries"], directory, result["sha256"],
+            lambda: self.fresh().extraction[index].student,
+        )  # fmt: skip
+
+    def _independent(self, index: int, number: int, name: str) -> Suspect:
+        config = self.experiment.config("independent")[index]
+        inputs = {**self.base, "config": self.experiment.hash_of(config, number)}
+
+        def build() -> tuple[Model, LightningDataModule, TrainerOptions]:
+            spec = self.fresh()
+            spec.data.train_split = "attacker"
+            control = spec.independent[index]
+            return control.model, spec.data, control.trainer
+
+        seed = derived_seed(self.seed, name)
+        result = train_stage(self.root / name, name, inputs, build, seed, config["model"], self.track("train"))
+        return Suspect(
+            name, "independent", "none: trained on images of its own", "hard", 0, self.root / name, result["sha256"],
+            lambda: self.fresh().independent[index].model,
+        )  # fmt: skip
+
+    # ---- judgement
+
+    @cached_property
+    def victim_answers(self) -> Tensor:
+        """The victim's classes for the test split, int64, shape ``(N,)``."""
+        victim = self.load_classifier()
+        x, _ = self.data.tensors("test")
+        with torch.no_grad():
+            return torch.cat(
+                [victim(part).argmax(dim=-1) for part in torch.split(x, self.spec.verification.batch_size)]
+            )
+
+    @cached_property
+    def reference_answers(self) -> Responses:
+        """The reference model's answers to the verifier's questions: what composites look like to a model without the key."""
+        model = self._classifier(self.load_victim("reference"))
+        return verify(model, self.key, self.data, **asdict(self.spec.verification))[1]
+
+    @cached_property
+    def reference_features(self) -> FeatureAnswers:
+        """The same in features, where the victim is an encoder."""
+        settings = {name: value for name, value in asdict(self.spec.verification).items() if name != "alpha"}
+        return feature_answers(self.load_victim("reference"), VerificationDataModule(self.key, self.data, **settings))
+
+    def judge(self, suspect: Suspect) -> SuspectRow:
+        """Verifies one suspect in a stage of its own, with evidence and a figure of the decoys."""
+        directory = self.root / f"verify-{suspect.name}"
+        options = self.spec.verification
+        inputs = {
+            **self.base,
+            "config": self.experiment.hash_of(self.experiment.config("verification")),
+            "key": self.key.commitment(),
+            "suspect": suspect.sha256,
+            "victim": read_json(self.root / "victim" / RESULT)["sha256"],
+            "reference": read_json(self.root / "reference" / RESULT)["sha256"],
+            **self._standing(),
+        }
+        with Stage(directory, f"verify-{suspect.name}", inputs) as stage, self.track("verify")(stage):
+            if not stage.done:
+                loaded = self.load_model(suspect)
+                model = self._classifier(loaded)
+                result: dict[str, Any] = {}
+                if isinstance(loaded, Encoder):
+                    # what an owner sees who gets features and no classes
+                    result["features"] = feature_verdict(
+                        loaded, self.key, self.data, self.reference_features, **asdict(options)
+                    ).to_dict()
+                with quiet():
+                    verdict, responses = verify(
+                        model,
+                        self.key,
+                        self.data,
+                        reference=self.reference_answers,
+                        evidence_path=directory / "evidence.json",
+                        **asdict(options),
+                    )
+                fidelity = Fidelity()(responses.natural, self.victim_answers)
+                if is_rank_zero():
+                    verdict_figure(responses, verdict, self.key, suspect.name, directory / "figures")
+                    result |= {"verdict": verdict.to_dict(), "fidelity": float(fidelity)}
+                    write_json_atomic(directory / RESULT, result)
+        result = read_json(directory / RESULT)
+        verdict_dict = result["verdict"]
+        return SuspectRow(
+            name=suspect.name,
+            kind=suspect.kind,
+            attack=suspect.attack,
+            labels=suspect.labels,
+            queries=suspect.queries,
+            accuracy=verdict_dict["natural_accuracy"],
+            fidelity=result["fidelity"],
+            wsr=verdict_dict["wsr"],
+            wsr_ci=tuple(verdict_dict["wsr_ci"]),
+            wfpr=verdict_dict["wfpr"],
+            p_value=verdict_dict["decoy_p"],
+            verdict=verdict_dict["verdict"],
+        )
+
+
+def _class_name(config: Any) -> str:
+    """Returns the class name in a configuration of a class, which may be a mapping or just the path."""
+    path: str = config["class_path"] if isinstance(config, dict) else str(config)
+    return path.rpartition(".")[2]
