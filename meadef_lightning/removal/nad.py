@@ -1,26 +1,26 @@
 """NAD: a copy that was tuned on clean images teaches the model where to look.
 
-**Source.** Li et al., "Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural Networks" (ICLR 2021), §3; attention maps are
-those of Zagoruyko & Komodakis, "Paying More Attention to Attention" (ICLR 2017), eq. 1–2.
+**Source.** Li et al., "Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural Networks" (ICLR 2021), §3; attention
+maps are those of Zagoruyko & Komodakis, "Paying More Attention to Attention" (ICLR 2017), eq. 1–2.
 
-**Algorithm.** 1. The *teacher* is a copy that is fine-tuned on the thief's images for ``teacher_epochs``, and then frozen in eval mode. 2. The *student*
-starts from the untouched model and minimises cross-entropy plus ``Σ_l beta_l · ‖A_l(student) − A_l(teacher)‖²`` over layers ``l``, where ``A``
-is the attention map of a layer: ``Σ_c |F_c|^p`` at every position, scaled to L2 length 1 for each image (`attention_map`). The student is observed
-after every epoch; the teacher is not, being a tool.
+**Algorithm.** 1. The *teacher* is a copy that is fine-tuned on the thief's images for ``teacher_epochs``, and then frozen in eval mode.
+2. The *student* starts from the untouched model and minimises cross-entropy plus ``Σ_l beta_l · ‖A_l(student) − A_l(teacher)‖²`` over
+layers ``l``, where ``A`` is the attention map of a layer: ``Σ_c |F_c|^p`` at every position, scaled to L2 length 1 for each image
+(`attention_map`). The student is observed after every epoch; the teacher is not, being a tool.
 
-**Layers.** By default the last convolution of each height and width that occurs in the network (`stage_convolutions`). Any modules can be named that
-answer feature maps ``(B, C, H, W)``, e.g. ``layers: [features.3, features.7]``.
+**Layers.** By default the last convolution of each height and width that occurs in the network (`stage_convolutions`). Any modules can be
+named that answer feature maps ``(B, C, H, W)``, e.g. ``layers: [features.3, features.7]``.
 
 **Cost.** ``teacher_epochs + epochs`` passes of training and ``epochs`` of evaluation over the thief's images.
 
-**Defaults.** ``p`` 2, 10 epochs for the teacher, learning rate 0.1 with momentum 0.9 and weight decay 1e-4 are the paper's; so large a rate is what
-makes a model forget, and smaller ones leave a backdoor in the teacher and so in the student. The paper trains the student for 20 epochs with
-data augmentation, here it is 10 without. Its ``beta`` of 500 to 1000 multiplies a *mean* over positions, this one their sum, which does not change
-with the resolution: 10 here is 640 there for maps of 8×8.
+**Defaults.** ``p`` 2, 10 epochs for the teacher, learning rate 0.1 with momentum 0.9 and weight decay 1e-4 are the paper's; so large a
+rate is what makes a model forget, and smaller ones leave a backdoor in the teacher and so in the student. The paper trains the student
+for 20 epochs with data augmentation, here it is 10 without. Its ``beta`` of 500 to 1000 multiplies a *mean* over positions, this one
+their sum, which does not change with the resolution: 10 here is 640 there for maps of 8×8.
 
-**Pitfalls.** The student can be no cleaner than its teacher: look at plain fine-tuning beside it. Accuracy falls in the first epochs and comes
-back (:attr:`~meadef_lightning.removal.base.Removal.from_scratch`). Where an activation works in place, a convolution's map is seen after it,
-and in both networks alike.
+**Pitfalls.** Much of what goes, the learning rate erases without any attention: ``beta: 0``, or fine-tuning with the same optimiser, is
+the control. Accuracy falls in the first epochs and comes back (:attr:`~meadef_lightning.removal.base.Removal.from_scratch`). Where an
+activation works in place, a convolution's map is seen after it, and in both networks alike.
 """
 
 from __future__ import annotations

@@ -1,32 +1,32 @@
 """WRK: blur the borders between classes on pushed images, then give the model a new last layer that points elsewhere.
 
-**Source.** The watermark removal attack WRK that was published with a class-feature watermark in 2025; its second step is feature shift tuning,
-Min et al., "Towards Stable Backdoor Purification through Feature Shift Tuning" (NeurIPS 2023). WRK's full text was not at hand; see
-*Left open*.
+**Source.** The watermark removal attack WRK that was published with a class-feature watermark in 2025; its second step is feature shift
+tuning, Min et al., "Towards Stable Backdoor Purification through Feature Shift Tuning" (NeurIPS 2023). WRK's full text was not at hand;
+see *Left open*.
 
 **Algorithm.** 1. *Borders.* For each of ``batches`` batches of the thief's images draw one class ``t``, and push every image towards it:
 ``x' = clip(x + epsilon · sign(∂f_t(x)/∂x))``, with ``f`` the logits. Label each with a class drawn uniformly from all but its true one
-(`boundary_set`), and tune the whole model on the images and the pushed ones for ``boundary_epochs``. Shapes that a watermark cut
-into the borders, and that clean images never touch, are where pushed images land. 2. *Shift.* Draw the last linear layer anew from
-``U(−1/√d, 1/√d)``, ``d`` its inputs, and tune the whole model on the clean images with cross-entropy ``+ alpha · ⟨W, W₀⟩``, ``W₀`` being the old weights: features
-must move, for the new layer may not look along the old directions. The learning rate falls along a cosine.
+(`boundary_set`), and tune the whole model on the images and the pushed ones for ``boundary_epochs``. Shapes that a watermark cut into the
+borders, and that clean images never touch, are where pushed images land. 2. *Shift.* Draw the last linear layer anew from ``U(−1/√d,
+1/√d)``, ``d`` its inputs, and tune the whole model on the clean images with cross-entropy ``+ alpha · ⟨W, W₀⟩``, ``W₀`` being the old
+weights: features must move, for the new layer may not look along the old directions. The learning rate falls along a cosine.
 
 **Cost.** ``batches`` gradients, and ``boundary_epochs + epochs`` passes of training over the thief's share.
 
-**Defaults.** 4 batches of 32, a share of 5 % of the thief's images, momentum 0.9, 10 epochs and ``alpha`` 0.01 are the published ones. ``least``
-puts a floor under the share: 5 % of a large data set are thousands of images, of a small one a dozen, which no model recovers on. The published learning
-rate of 1e-3 leaves a new last layer half-trained after the few hundred steps that a small share makes; it is 1e-2 here.
-``epsilon`` is a share of each channel's range, so that it means the same for any normalisation; the published step of 2 for inputs normalised by a
-standard deviation of 0.25 is 0.5.
+**Defaults.** 4 batches of 32, a share of 5 % of the thief's images, momentum 0.9, 10 epochs and ``alpha`` 0.01 are the published ones.
+``least`` puts a floor under the share: 5 % of a large data set are thousands of images, of a small one a dozen, which no model recovers
+on. The published learning rate of 1e-3 moves a model too little in the few hundred steps that so few images make (on digits accuracy came
+back, and with it most of a patch backdoor); it is 1e-2 here. ``epsilon`` is a share of each channel's range, so that it means the same
+for any normalisation; the published step of 2 for inputs normalised by a standard deviation of 0.25 is 0.5.
 
-**Left open** by public descriptions, and decided here: whether pushed images are a phase of their own or mixed into the second step (a phase of
-their own, with the clean images beside them, so that accuracy survives it); how long it lasts (5 epochs; 0 leaves it out, which is feature
-shift tuning alone); whether the sign is that of the logit's or of a loss's gradient (the logit's: a confident softmax has no
+**Left open** by public descriptions, and decided here: whether pushed images are a phase of their own or mixed into the second step (a
+phase of their own, with the clean images beside them, so that accuracy survives it); how long it lasts (5 epochs; 0 leaves it out, which
+is feature shift tuning alone); whether the sign is that of the logit's or of a loss's gradient (the logit's: a confident softmax has no
 gradient in float32); whether a bias is drawn anew too (it is, from the same interval) and enters the product (it does not).
 
-**Pitfalls.** Clipping normalised images to [0, 1] turns them into something else than images: here they are clipped to what black and white are
-in the input space. Leaving the class that is the target out of the wrong labels hands the attack the owner's secret; here labels are drawn
-blindly, so some of the pushed images are even labelled with the target. Accuracy begins near chance in the second step
+**Pitfalls.** Clipping normalised images to [0, 1] turns them into something else than images: here they are clipped to what black and
+white are in the input space. Leaving the class that is the target out of the wrong labels hands the attack the owner's secret; here
+labels are drawn blindly, so some of the pushed images are even labelled with the target. Accuracy begins near chance in the second step
 (:attr:`~meadef_lightning.removal.base.Removal.from_scratch`); the first step is not shown to the observer.
 """
 
