@@ -172,7 +172,7 @@ def test_verify_checkpoint_state_dict_and_torchscript_alike(tmp_path, key_file):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     assert verify(tmp_path, key_file, tmp_path / "weights.pt", "--model", str(folder / "config.yaml")) == first
     torch.jit.trace(model.network.eval(), torch.zeros(2, 1, 16, 16)).save(str(tmp_path / "model.ts"))
-    assert verify(tmp_path, key_file, tmp_path / "model.ts") == first
+    assert verify(tmp_path, key_file, tmp_path / "model.ts", "--trust_code") == first
 
 
 def fails(arguments, capsys):

@@ -62,9 +62,12 @@ def seen(images: float, options: Mapping[str, Any], batch_size: int) -> float:
         images = min(images, limit * batch_size)
     elif isinstance(limit, float):
         images *= limit
-    total = images * max(options.get("max_epochs") or 0, 0)
-    steps = options.get("max_steps", -1)
-    return min(total, steps * batch_size) if steps >= 0 and total else max(total, steps * batch_size)
+    epochs: int = options.get("max_epochs") or 0
+    steps: int = options.get("max_steps", -1)
+    total = images * max(epochs, 0)
+    if steps < 0:
+        return total
+    return min(total, steps * batch_size) if total else steps * batch_size
 
 
 def _asked(queries: Any, attacker: int | None, spec: ExperimentSpec) -> tuple[float | None, int]:

@@ -215,6 +215,7 @@ def grid_figure(view: FigureView, records: Sequence[Record], title: str = "") ->
         panel.yaxis.grid(visible=True)
         if not view.numeric:
             panel.set_xticks(range(len(places)), labels=[", ".join(place) for place in places])
+            panel.set_xlim(-0.5, len(places) - 0.5)
             if max(len(", ".join(place)) for place in places) * len(places) > 30:
                 panel.tick_params(axis="x", rotation=30)
         elif view.x == "queries":

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 CELL_FILE = "cell.yaml"
 LOG_FILE = "run.log"
 COMMANDS_FILE = "commands.txt"
-_PATIENCE = 120.0
+_PATIENCE = 30.0
 """Seconds that an interrupted cell gets to put its stage in order."""
 
 

@@ -18,7 +18,11 @@ def stage_summary(result: Mapping[str, Any]) -> dict[str, Any]:
         numbers["accuracy"] = numbers["test_accuracy"]
     if "verdict" in result:
         numbers |= verdict_summary(result["verdict"])
-    numbers |= {f"features/{name}": value for name, value in result.get("features", {}).items() if isinstance(value, (int, float, str))}
+    numbers |= {
+        f"features/{name}": value
+        for name, value in result.get("features", {}).items()
+        if isinstance(value, (int, float, str))
+    }
     if "curve" in result:
         numbers |= next(point for point in reversed(result["curve"]) if point["strength"] == result["chosen"])
     return numbers

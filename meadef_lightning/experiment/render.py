@@ -228,6 +228,10 @@ def to_html(report: Report, figures: Sequence[ReportFigure] = (), extras: Report
         tone="bad" if false else "good" if proven == owned else "unclear",
         rows=aggregate(report.suspects),
         single_rows=[AggregateRow(row.name, (row,)) for row in report.suspects],
+        removals=[
+            (row, row.curve[0], next((point for point in row.curve if point.strength == row.chosen), None))
+            for row in report.removal
+        ],
         paper_threshold=PAPER_THRESHOLD,
         figures=figures,
         extras=extras or ReportExtras(),

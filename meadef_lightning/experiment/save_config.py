@@ -33,5 +33,7 @@ class RunConfig(SaveConfigCallback):
                 continue
             run = logger.experiment
             if logger is trainer.logger:
-                self.parser.save(self.config, Path(run.dir).parent / self.config_filename, skip_none=False, overwrite=True)
+                self.parser.save(
+                    self.config, Path(run.dir).parent / self.config_filename, skip_unset=False, overwrite=True
+                )
             run.config.update(public(self.config.as_dict()), allow_val_change=True)

@@ -73,20 +73,20 @@ def row_identity(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
     return int(row["step"]), frozenset(row) - {"step"}
 
 
-def logged_rows(logs: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields the rows of metrics that the attempts at a stage logged, each with its attempt's number, empty columns left out."""
+def logged_rows(logs: Path) -> Iterator[dict[str, str]]:
+    """Yields the rows of metrics that all attempts at a stage logged, in order, empty columns left out."""
     attempts = {int(path.parent.name.partition("_")[2]): path for path in logs.glob("attempt_*/metrics.csv")}
     for number in sorted(attempts):
         with attempts[number].open(newline="") as file:
             for line in csv.DictReader(file):
                 row = {name: value for name, value in line.items() if value}
                 if "step" in row:
-                    yield number, row
+                    yield row
 
 
 def join_metrics(logs: Path) -> str:
     """Joins the metrics of all attempts at a stage, in order, into one CSV text with all their columns; none is told twice."""
-    rows = list({row_identity(row): row for _, row in logged_rows(logs)}.values())
+    rows = list({row_identity(row): row for row in logged_rows(logs)}.values())
     text = io.StringIO()
     columns = sorted({name for row in rows for name in row}, key=lambda name: (name not in ("epoch", "step"), name))
     writer = csv.DictWriter(text, columns, lineterminator="\n")

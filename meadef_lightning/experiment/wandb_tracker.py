@@ -2,10 +2,12 @@
 
 A stage's run is grouped by experiment, has the stage's kind as job type and its name as name, and holds the whole configuration
 (without the key), the metrics of the training, the stage's numbers as summary, its figures, and as artifacts the evidence and the
-weights. ``wandb.json`` in a stage's directory keeps the run's id: a stage that was interrupted goes on in the same run, where
-rows that are there already are not logged again; one that finished without W&B is told afterwards; one that was told is left alone.
-Rows are numbered by their place in the whole history, whatever the number of attempts, so that offline files of several attempts
-carry on where the one before stopped.
+weights. ``wandb.json`` in a stage's directory keeps the run's id: a stage that was interrupted goes on in the same run, one that
+finished without W&B is told afterwards, one that was told is left alone.
+
+A row's number is its place in the whole history, which the CSV files of all attempts keep. When a stage goes on, rows that the run
+lacks are told again: online those that never arrived; offline all of them, because W&B's file of a killed process may have lost any,
+so that the new file replaces that of the attempt before. Nothing is lost or doubled in either case.
 
 The run knows neither command line, nor terminal output, nor environment: they may hold secrets.
 """
@@ -15,25 +17,35 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
 
 import wandb
 import yaml
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from meadef_lightning.experiment.artifacts import WANDB_FILE, Stage, file_sha256, read_json, write_json_atomic
+from meadef_lightning.experiment.artifacts import (
+    WANDB_FILE,
+    Stage,
+    file_sha256,
+    read_json,
+    write_json_atomic,
+    write_text_atomic,
+)
 from meadef_lightning.experiment.headlines import report_summary, stage_summary, verdict_summary
 from meadef_lightning.experiment.render import ReportFigure, package_versions
 from meadef_lightning.experiment.report import Report
-from meadef_lightning.experiment.stages import MODEL, RESULT, logged_rows, row_identity
+from meadef_lightning.experiment.stages import MODEL, RESULT, logged_rows
 from meadef_lightning.experiment.tracking import SWEEP_VARIABLES, StageKind, Track, Tracker, public
+from meadef_lightning.experiment.wandb_history import STEP, History, StageLogger
 from meadef_lightning.verification import Verdict
 from meadef_lightning.watermark import WatermarkKey
 
@@ -43,7 +55,6 @@ if TYPE_CHECKING:
 PROJECT = "meadef"
 KEY_PICTURES = {"samples", "features"}
 """Figures that name the key's classes."""
-STEP = "trainer/global_step"
 
 
 @dataclass(frozen=True)
@@ -52,12 +63,10 @@ class RunRecord:
 
     Args:
         id: The W&B run's id.
-        attempts: Attempts at the stage's training whose metrics are in the run.
         told: SHA-256 of the result that was told in full; empty if none was.
     """
 
     id: str = field(default_factory=lambda: secrets.token_hex(4))
-    attempts: tuple[int, ...] = ()
     told: str = ""
 
     @classmethod
@@ -65,69 +74,14 @@ class RunRecord:
         """Reads a directory's record; None where there is none or it is damaged, which costs a new run and nothing else."""
         try:
             values = read_json(directory / WANDB_FILE)
-            return cls(str(values["id"]), tuple(int(n) for n in values["attempts"]), str(values["told"]))
+            record = cls(str(values["id"]), str(values["told"]))
+            return record if record.id.isalnum() else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def save(self, directory: Path) -> None:
         """Writes the record."""
         write_json_atomic(directory / WANDB_FILE, asdict(self))
-
-
-class History:
-    """The rows of one run, numbered through all attempts.
-
-    Args:
-        run: The run.
-        attempts: Rows that earlier attempts wrote to their CSV files, with the attempt's number.
-        known: Attempts whose rows the run has already; those of others are logged now.
-    """
-
-    def __init__(
-        self, run: Run, attempts: Iterable[tuple[int, Mapping[str, str]]] = (), known: Sequence[int] = ()
-    ) -> None:
-        self.run, self.rows = run, 0
-        self.seen: set[Any] = set()
-        for attempt, row in attempts:
-            values = {name: float(value) for name, value in row.items() if name != "step"}
-            self.metrics(values, int(row["step"]), send=attempt not in known)
-
-    def metrics(self, values: Mapping[str, float], step: int | None, send: bool = True) -> None:
-        """Logs the metrics of a training step, unless they were logged before."""
-        identity = row_identity({**values, "step": step})
-        if identity not in self.seen:
-            self.seen.add(identity)
-            self.log({**values, STEP: step}, send)
-
-    def log(self, values: Mapping[str, Any], send: bool = True) -> None:
-        """Logs a row; without ``send`` it only takes its number."""
-        if send:
-            self.run.log(dict(values), step=self.rows)
-        self.rows += 1
-
-
-class StageLogger(WandbLogger):
-    """Lightning's logger on a run that is already there; what an earlier attempt logged is not logged again.
-
-    Args:
-        run: The run.
-        history: Its rows.
-    """
-
-    def __init__(self, run: Run, history: History) -> None:
-        super().__init__(experiment=run, project=run.project)
-        self._history = history
-
-    @override
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs metrics of a step."""
-        self._history.metrics(metrics, step)
-
-    @override
-    @rank_zero_only
-    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override, unused-ignore]
-        """Logs nothing: the run has the whole configuration."""
 
 
 class WandbTracker(Tracker):
@@ -170,18 +124,10 @@ class WandbTracker(Tracker):
                 yield ()
                 return
             record = record or RunRecord()
-            rows = list(logged_rows(directory / "logs"))
+            record.save(directory)
             label = f"{name}/seed-{seed}" if self.many else name
             with self._run(record.id, label, kind, {"stage": {"name": name, "kind": kind, "seed": seed}}, key) as run:
-                history = History(run, rows, record.attempts)
-                # from here on the run has the rows of all attempts, the coming one's too
-                attempts = {
-                    *(attempt for attempt, _ in rows),
-                    *record.attempts,
-                    len(list((directory / "logs").glob("attempt_*"))),
-                }
-                record = replace(record, attempts=tuple(sorted(attempts)))
-                record.save(directory)
+                history = History(run, logged_rows(directory / "logs"))
                 yield (StageLogger(run, history),)
                 self._tell_stage(run, history, directory, label)
             replace(record, told=_digest(directory / RESULT)).save(directory)
@@ -202,10 +148,9 @@ class WandbTracker(Tracker):
             # weights are written once and can be large: no copy of them
             artifact.add_file(str((directory / MODEL).absolute()), MODEL.as_posix(), policy="immutable")
             if (directory / "config.yaml").exists():
-                with artifact.new_file("config.yaml") as file:
-                    yaml.safe_dump(
-                        public(yaml.safe_load((directory / "config.yaml").read_text())), file, sort_keys=False
-                    )
+                told = yaml.safe_dump(public(yaml.safe_load((directory / "config.yaml").read_text())), sort_keys=False)
+                with TemporaryDirectory() as staging:
+                    artifact.add_file(str(write_text_atomic(Path(staging) / "config.yaml", told)))
             run.log_artifact(artifact)
 
     @override
@@ -285,16 +230,26 @@ class WandbTracker(Tracker):
         if agent:
             wandb.teardown()  # so that W&B reads the agent's variables, which it has not seen yet
         with _environment({**staging, **(agent or {})}):
-            identity = {} if agent else {"id": run_id, "project": os.environ.get("WANDB_PROJECT", PROJECT)}
             settings = wandb.Settings(
                 console="off", silent=True, save_code=False, x_disable_meta=True,
                 x_save_requirements=kind == "report",  # a list of all packages takes longer than all the rest of a start
             )  # fmt: skip
+            for superseded in (self.output / "wandb").glob(f"offline-run-*-{run_id}"):
+                shutil.rmtree(superseded)
             try:
                 run = wandb.init(
-                    **identity, dir=str(self.output), group=self.group, job_type=kind, name=name, config=config,
-                    mode=self.mode, resume="allow", settings=settings,
-                )  # type: ignore[arg-type, unused-ignore]  # fmt: skip
+                    # an agent has chosen both
+                    id=None if agent else run_id,
+                    project=None if agent else os.environ.get("WANDB_PROJECT", PROJECT),
+                    dir=str(self.output),
+                    group=self.group,
+                    job_type=kind,
+                    name=name,
+                    config=config,
+                    mode=cast("Any", self.mode),
+                    resume="allow",
+                    settings=settings,
+                )
             except wandb.Error as error:
                 raise MisconfigurationException(
                     f"W&B refuses the run {name!r} ({error}). Log in with `wandb login`, or set WANDB_MODE=offline and upload later."

@@ -17,7 +17,7 @@ ATTACK = {
     "interim_epochs": 1,
 }  # fmt: skip
 """Smaller numbers for the arguments of attacks that have them."""
-METHOD = {"epochs": 1, "steps": 2, "rounds": 1, "candidates": 1, "strengths": [0.5], "images": 4, "overlays": 3}
+METHOD = {"epochs": 1, "steps": 2, "rounds": 1, "candidates": 1, "images": 4, "overlays": 3}
 """The same for removals and detectors."""
 VERIFICATION = {"samples": 40, "decoys": 99, "decoy_samples": 4}
 
@@ -46,6 +46,8 @@ def shrink(config, trainer=TRAINER, **data):
         parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
         arguments = acting["method"].setdefault("init_args", {})
         arguments |= {name: value for name, value in METHOD.items() if name in parameters}
+        if "strengths" in arguments:
+            arguments["strengths"] = arguments["strengths"][:1]
     for training in trainings:
         training["trainer"] = {**trainer, **QUIET}
     for attack in config["extraction"]:
@@ -58,6 +60,8 @@ def shrink(config, trainer=TRAINER, **data):
             arguments["pool"]["init_args"]["size"] = 40
     for control in config["independent"]:
         control["count"] = 1
+    # of so few steps none may be left after the usual share of clean training
+    config["watermark"]["callback"].setdefault("init_args", {})["start"] = 0.3
     config["seeds"] = [0]
     config["verification"] = {**VERIFICATION}
     return config

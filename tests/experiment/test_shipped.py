@@ -10,6 +10,9 @@ from meadef_lightning.cli import main
 
 PAPER = ("fashion_mnist/supervised.yaml", "overlays/paper_size.yaml", "overlays/paper.yaml")
 
+ROBUSTNESS = ("digits/robustness.yaml", "fashion_mnist/robustness.yaml")
+SELF_SUPERVISED = ("digits/simclr.yaml", "fashion_mnist/simclr.yaml", "cifar10/simclr.yaml")
+
 
 def run(config, tmp_path):
     main(["run", str(write(config, tmp_path / "small.yaml")), "--output", str(tmp_path / "out")])
@@ -17,16 +20,23 @@ def run(config, tmp_path):
 
 
 def test_no_yaml_is_forgotten():
-    """Those below, the LightningCLI overlay, which test_cli runs, and the sweeps (test_sweeps)."""
+    """Those below, the LightningCLI overlay, which test_cli runs, the sweeps (test_sweeps), and the grids (test_paper_grids)."""
     tested = {
         "digits/supervised.yaml",
         "digits/extraction.yaml",
         "fashion_mnist/extraction.yaml",
         "cifar10/supervised.yaml",
+        "cifar10/small.yaml",
+        *ROBUSTNESS,
+        *SELF_SUPERVISED,
         "overlays/watermark.yaml",
         *PAPER,
     }
-    assert {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml") if path.parent.name != "sweeps"} == tested
+    grids = {"digits/grid.yaml", "overlays/one_theft.yaml"}
+    shipped = {
+        path for path in EXPERIMENTS.rglob("*.yaml") if path.parent.name not in ("sweeps", "paper", "schedulers")
+    }
+    assert {path.relative_to(EXPERIMENTS).as_posix() for path in shipped} == tested | grids
 
 
 def test_digits(tmp_path, capsys):
@@ -56,6 +66,54 @@ def test_every_theft_of_fashion_mnist(tmp_path):
     assert (tmp_path / "out" / "figures" / "budget.png").exists()
 
 
+def test_every_removal_and_every_search(tmp_path, capsys):
+    config = shrink(merged("digits/robustness.yaml"))
+    for i, acting in enumerate(config["removal"] + config["detection"]):
+        acting["of"] = [("victim", "soft", "patched")[i % 3]]
+    report = run(config, tmp_path)
+    assert len(report["removal"]) == len(config["removal"]) == 18
+    assert all(len(row["curve"]) >= 2 for row in report["removal"])
+    scrubbed = {row["name"] for row in report["suspects"] if row["kind"] == "removed"}
+    assert scrubbed == {row["name"] for row in report["removal"] if row["target"] != "patched"}
+    assert {row["attack"]: row["target"] for row in report["detection"]} == {
+        item["name"]: item["of"][0] for item in config["detection"]
+    }
+    assert {"removal-victim.png", "removal-soft.png", "removal-patched.png"} <= {
+        path.name for path in (tmp_path / "out" / "figures").iterdir()
+    }
+    assert (tmp_path / "out" / "search-neural-cleanse-victim" / "figures" / "triggers.png").exists()
+    assert "Searches for a watermark" in capsys.readouterr().out
+
+
+def test_the_attacks_on_fashion_mnist_go_on_top_of_the_supervised_experiment(tmp_path):
+    root = str(fake_fashion_mnist(tmp_path / "data"))
+    config = shrink(merged("fashion_mnist/supervised.yaml", "fashion_mnist/robustness.yaml"), root=root, download=False)
+    config["removal"], config["detection"] = config["removal"][5:6], config["detection"][:1]
+    report = run(config, tmp_path)
+    assert [row["target"] for row in report["removal"]] == ["victim", "soft", "patched"]
+
+
+@pytest.mark.parametrize("file", SELF_SUPERVISED)
+def test_self_supervised(file, tmp_path):
+    config = merged(file)
+    data = {}
+    if "digits" not in file:
+        data = {"root": str(fake_fashion_mnist(tmp_path / "data")), "download": False}
+        config["data"]["class_path"] = "meadef_lightning.data.FashionMNISTDataModule"
+        for view in (config["victim"]["model"]["init_args"]["views"]["init_args"]["view"]["init_args"],):
+            view.update({"saturation": 0.0, "hue": 0.0, "grayscale": 0.0})  # grey pictures stand in for coloured ones
+        augmented = config["extraction"][1]["student"]["init_args"]["augmentation"]["init_args"]
+        augmented.update({"saturation": 0.0, "hue": 0.0, "grayscale": 0.0})
+        config["extraction"] = config["extraction"][1:]
+    report = run(shrink(config, **data), tmp_path)
+    thefts = {row["name"]: row["labels"] for row in report["suspects"] if row["kind"] == "extracted"}
+    assert thefts["stolen-encoder"] == "feature"
+    found = json.loads((tmp_path / "out" / "verify-stolen-encoder" / "result.json").read_text())
+    assert 0 < found["features"]["p_value"] <= 1
+    if "digits" in file:
+        assert thefts["downstream-labels"] == "hard"
+
+
 def test_fashion_mnist(tmp_path):
     root = str(fake_fashion_mnist(tmp_path / "data"))
     report = run(shrink(merged("fashion_mnist/supervised.yaml"), root=root, download=False), tmp_path)
@@ -72,7 +130,8 @@ def test_the_papers_size_and_recipe(tmp_path):
     assert saved["victim"]["model"]["init_args"]["network"]["class_path"].endswith("NineLayerCNN")
 
 
-def test_cifar10(tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", ["cifar10/supervised.yaml", "cifar10/small.yaml"])
+def test_cifar10(file, tmp_path):
     """The same file on an image folder of CIFAR's shape, since CIFAR's own files cannot be had in a test."""
     import numpy as np
     from PIL import Image
@@ -86,7 +145,7 @@ def test_cifar10(tmp_path, monkeypatch):
                 pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 pixels[:, :, label % 3] //= 1 + label // 3
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    config = shrink(merged("cifar10/supervised.yaml"), root=str(tmp_path / "data"), in_memory=True)
+    config = shrink(merged(file), root=str(tmp_path / "data"), in_memory=True)
     config["data"]["class_path"] = "meadef_lightning.data.ImageFolderDataModule"
     config["extraction"] = config["extraction"][1:2]
     report = run(config, tmp_path)

@@ -19,7 +19,7 @@ from meadef_lightning.experiment.tracking import Tracker, Tracking, default_outp
 from meadef_lightning.verification import check_evidence
 from meadef_lightning.watermark import WatermarkKey
 
-SECRET = "correct horse battery staple"
+SECRET = "correct horse battery staple"  # noqa: S105
 STAGES = {
     **dict.fromkeys(("reference", "victim", "clean", "independent"), "train"),
     "soft": "extract",
@@ -86,7 +86,10 @@ def columns(path):
 
 def told_metrics(run):
     """Rows of a training's metrics, named as in a CSV file."""
-    return [{"step" if name == "trainer/global_step" else name: value for name, value in row.items()} for row in run.rows("_step")]
+    return [
+        {"step" if name == "trainer/global_step" else name: value for name, value in row.items()}
+        for row in run.rows("_step")
+    ]
 
 
 def test_one_finished_run_for_every_stage(runs):
@@ -173,8 +176,16 @@ def test_evidence_and_weights_are_artifacts(runs, tracked, key):
 
 
 def test_nothing_of_the_key_is_in_anything_that_would_be_sent(runs, tracked, key):
-    fields = [field for field in key.to_dict() if field not in ("drawn_uniformly", "num_classes", "seed", "space", "combiner")]
-    secrets = [SECRET, key.salt, "public_secret", "watermark.key", *(f'"{name}"' for name in fields if name != "schema_version")]
+    fields = [
+        field for field in key.to_dict() if field not in ("drawn_uniformly", "num_classes", "seed", "space", "combiner")
+    ]
+    secrets = [
+        SECRET,
+        key.salt,
+        "public_secret",
+        "watermark.key",
+        *(f'"{name}"' for name in fields if name != "schema_version"),
+    ]
     sent = [path for path in (tracked / "wandb").rglob("*") if path.is_file()]
     sent += [path for run in runs.values() for _, files in run.artifacts.values() for path in files.values()]
     assert len(sent) > 50
@@ -197,7 +208,15 @@ def test_finished_stages_are_told_afterwards_and_an_agent_gets_the_report(tracke
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
     monkeypatch.setenv("WANDB_RUN_ID", "run456")
     assert default_output("a/b") == Path("runs/a/b/sweep123/run456")
-    options = ["--wandb", "--wandb_checkpoints", "false", "--wandb_samples", "false", "--watermark.key.public_secret", SECRET]
+    options = [
+        "--wandb",
+        "--wandb_checkpoints",
+        "false",
+        "--wandb_samples",
+        "false",
+        "--watermark.key.public_secret",
+        SECRET,
+    ]
     main(["run", str(write(config, tmp_path / "small.yaml")), "--output", str(output), *options])
     victim, report = offline_runs(output)
     assert told_metrics(victim) == [pytest.approx(row) for row in columns(output / "victim" / "metrics.csv")]

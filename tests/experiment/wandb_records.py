@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 BLOCK = 32768
@@ -22,6 +23,8 @@ def records(path):
         if kind == 0:
             position += left
             continue
+        if position + HEADER + length > len(data):
+            return  # the process was killed while it wrote
         parts += data[position + HEADER : position + HEADER + length]
         position += HEADER + length
         if kind in (FULL, LAST):
@@ -90,5 +93,8 @@ def values(items):
 
 def offline_runs(output):
     """All attempts below an output directory, in the order of their start."""
+    wandb.teardown()  # `finish` comes back before W&B's helper process has written everything
     paths = (Path(output) / "wandb").glob("offline-run-*/*.wandb")
-    return [OfflineRun(path) for path in sorted(paths, key=lambda path: (path.parent.name[:27], path.stat().st_mtime_ns))]
+    return [
+        OfflineRun(path) for path in sorted(paths, key=lambda path: (path.parent.name[:27], path.stat().st_mtime_ns))
+    ]

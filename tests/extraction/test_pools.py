@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from meadef_lightning.data import DigitsDataModule
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.images import TensorImages
-from meadef_lightning.experiment.spec import load_experiment
+from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.extraction import AttackerSplit, DistillationDataModule, Noise, OtherData, Photographs, Pool
 from meadef_lightning.extraction.pools import pixel_range
 from meadef_lightning.oracle import Oracle, Totals
