@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ def removal_curves(rows: Sequence[RemovalRow], title: str = "") -> Figure:
         if taken:
             panel.plot(row.chosen, 100 * taken[0].wsr, "o", markersize=8, fillstyle="none", color=VERMILION)
         panel.set_title(row.name.partition("/")[0].partition(".")[2], fontsize=8)
-        panel.set_xlabel(row.unit, fontsize=7)
+        panel.set_xlabel(textwrap.fill(row.unit, 28), fontsize=7)
         panel.set_ylim(-3, 103)
         panel.grid(True)
     for panel in panels[len(rows) :]:

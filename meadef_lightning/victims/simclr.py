@@ -97,7 +97,8 @@ class SimCLRVictim(Encoder):
             from lightly.models.modules import SimCLRProjectionHead
         except ImportError as error:
             raise MisconfigurationException(
-                "SimCLRVictim needs lightly: pip install 'meadef-lightning[ssl]'."
+                "SimCLRVictim needs lightly, which belongs to meadef-lightning's installation but cannot be imported here: "
+                "pip install 'lightly>=1.5.20,<2'."
             ) from error
         self.views = TwoViews() if views is None else views
         self.projection_head = (

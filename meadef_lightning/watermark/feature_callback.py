@@ -28,8 +28,9 @@ class FeatureWatermarkCallback(WatermarkCallback):
     FeatureWatermarkCallback(key, encoder_key="backbone")])`` for lightly's example modules, whose ``forward`` returns projections.
     A momentum encoder follows the one that is trained.
 
-    The samples of the three classes come from labelled batches (whose labels the task need not use), or from ``pool``. Of a batch of
-    several views the first view is taken.
+    The samples of both source classes, the target and ``negatives`` other classes, which the key's seed chooses, come from labelled
+    batches (whose labels the task need not use), or from ``pool``. Of a batch of several views the first view is taken. Embedding
+    begins once all these classes have come by.
 
     It logs ``watermark/{loss,ver,com,eva}`` in training and, on validation data or the given pool, ``watermark/{wsr,wfpr,margin}``: the
     share of watermark samples, and of the sources' other combinations, whose features are nearer to the target's centre than to either
@@ -42,12 +43,14 @@ class FeatureWatermarkCallback(WatermarkCallback):
         stop: Share of the training at which embedding stops.
         every_n_steps: Embed on every n-th batch only.
         samples: Watermark samples per step; see :class:`~meadef_lightning.watermark.feature_objective.FeatureObjective`.
+        per_class: Natural samples per step and class.
+        negatives: Most classes, beside the sources and the target, that combinations are to stay away from.
         balancing: How the terms are weighed; ``Fixed(ver=1.0, com=0.0, eva=0.3)`` by default.
         temperature: Temperature of the softmax over features in ``L_com``.
         detach_sources: Whether ``L_com`` moves only the features of watermark samples.
         batchnorm: What BatchNorm layers do once embedding has started.
         buffer_size: Samples kept per class.
-        pool: The owner's own samples of both source classes and the target class, for training without labels.
+        pool: The owner's own samples of both source classes, the target class and preferably some others, for training without labels.
         input_key: Where a batch keeps its samples, or a path of such keys: ``["views", 0]``.
         target_key: Where a batch keeps its labels.
         encoder_key: Submodule or method that maps samples to features, with dots for parts of parts; ``None`` for a module whose
@@ -64,10 +67,12 @@ class FeatureWatermarkCallback(WatermarkCallback):
     def __init__(
         self,
         key: WatermarkKey | str,
-        start: float = 0.65,
+        start: float = 0.5,
         stop: float = 1.0,
         every_n_steps: int = 1,
         samples: int = 8,
+        per_class: int = 4,
+        negatives: int = 7,
         balancing: Balancing | None = None,
         temperature: float = 1.0,
         detach_sources: bool = True,
@@ -81,6 +86,7 @@ class FeatureWatermarkCallback(WatermarkCallback):
         manual_optimization: bool = False,
     ) -> None:
         self.encoder_key = encoder_key
+        self._per_class, self._negatives = per_class, negatives
         self._path = (
             list(input_key) if isinstance(input_key, Sequence) and not isinstance(input_key, str) else [input_key]
         )
@@ -107,7 +113,7 @@ class FeatureWatermarkCallback(WatermarkCallback):
     @override
     def _objective(self, rank: int = 0) -> FeatureObjective:
         options = {name: value for name, value in self._options.items() if name != "tilt"}
-        return FeatureObjective(self.key, **options, rank=rank)
+        return FeatureObjective(self.key, per_class=self._per_class, negatives=self._negatives, **options, rank=rank)
 
     @override
     def _parts(self, batch: Any) -> tuple[Tensor, Tensor]:

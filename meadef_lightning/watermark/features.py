@@ -4,17 +4,32 @@ An encoder has no classes to answer, so the paper replaces the label by the feat
 ``f(x_wm)`` to ``f(x_yt)`` (Eq. 6), ``L_eva`` pulls other combinations to ``f(x_yc)`` (Eq. 8), and ``L_com`` is Eq. 4 on
 softmaxed features (:func:`meadef_lightning.watermark.losses.combination_loss`). The paper leaves the distance open.
 
-**Distance.** Squared Euclidean, in units of the natural samples' variance: 0 on arrival, and blind to the features' scale and to whatever
-all features have in common, as a linear classifier on top is. Cosines, also when seen from the middle of the three classes, leave the
-length open: features pointed at the target and stopped short of it, where a fourth class was nearer.
+**Departure: nearer than to any other class.** Equations 6 and 8 pull to a sample of the class and push from nothing. Here both terms are
+cross-entropies over prototypes, the classes' mean features, as in Snell et al., "Prototypical Networks for Few-shot Learning"
+(NeurIPS 2017, §2): a combination is to be nearest the mean of its class *among the means of other classes*. With squared
+distances in place of that, many watermark features stopped short of the target where a class outside the three was nearer.
+On digits (SimCLR, 64 features, 40 epochs, linear probes, one run per cell, two keys; figures in %):
 
-**Gradients reach everything**, the natural samples and the variance too. With the class's features held constant, the encoder moves all images
-together towards the target and never gets nearer; with the variance held constant, shrinking all features looks like progress.
-Either way the encoder collapses (on digits, linear-probe accuracy 97 → 83–87 % and no watermark). As it is, the gradients of all samples
-sum to zero, and so do their products with the features: only moving combinations *relative* to natural samples helps.
+====================================  ==========================  =============  ============  ==================
+Terms                                 Watermark success (victim)  Controls hit   Probe's cost  After feature theft
+====================================  ==========================  =============  ============  ==================
+squared distances                     61–71                       –              –             8–28
+prototypes, 16 samples, 8 per class   99.0 and 96.4               1.5 and 1.8    0.6 and 0.0   41.8 and 75.6
+prototypes, 12 samples, 4 per class   99.0 and 96.4               2.6 and 9.8    –             48.0 and 63.1
+prototypes, 8 samples, 4 per class    97.4 and 96.0               3.6 and 6.2    –             38.8 and 72.0
+====================================  ==========================  =============  ============  ==================
 
-**All pairs.** The paper takes one sample of the class for each watermark sample. The mean over all pairs is the distance from the class's mean
-plus the class's own variance; the latter is left out, which would only teach the encoder to draw the class together.
+The last row is the default, since more samples were not clearly better: they take 22 % of a step's views, where the second row takes 44 %.
+A "control" is another combination of the same sources; it is hit if the probe answers the target. A dash: no figure.
+
+**Units.** Squared Euclidean distances, in units of the prototypes' own mean squared distance from their common mean: blind to the features'
+scale and to whatever all features have in common, as a linear classifier on top is.
+
+**Gradients reach everything**, the prototypes and the unit too. With the classes' features held constant, moving all images
+together towards the target looks like progress; with the unit held constant, so does growing all features. In five short runs on digits with
+constants in the terms of squared distances, linear probes came to 83–94 % (without a watermark 97 %) at 0–35 % watermark success.
+As it is, the gradients of all samples sum to zero, and so do their products with the features: only moving combinations
+*relative* to natural samples helps.
 """
 
 from __future__ import annotations
@@ -25,6 +40,57 @@ from torch import Tensor
 
 Sources = tuple[Tensor, Tensor]
 """Features of natural samples of the first and of the second source class, ``(N, D)`` each."""
+
+
+def prototype_logits(features: Tensor, centres: Tensor, temperature: float = 0.25) -> Tensor:
+    """Scores features by how near they are to each class's mean.
+
+    Args:
+        features: ``(B, D)``.
+        centres: Mean features of natural samples of ``K ≥ 2`` classes, ``(K, D)``.
+        temperature: Positive; the smaller, the less it takes to count as nearest.
+
+    Returns:
+        Minus the squared distance of each sample from each centre, in units of the centres' mean squared distance from their common
+        mean, over ``temperature``: ``(B, K)`` float32, at most 0.
+    """
+    features, centres = features.float(), centres.float()
+    origin = centres.mean(dim=0)
+    unit = (centres - origin).square().sum(dim=-1).mean()
+    # an encoder that has collapsed has no distances; the floor scales with the features, so that they divide by it without overflow
+    size = centres.detach().square().sum(dim=-1).mean() + features.detach().square().sum(dim=-1).mean()
+    floor = 1e-6 * size + torch.finfo(torch.float32).tiny
+    squared = (features[:, None] - centres).square().sum(dim=-1)
+    return -squared / (unit + floor) / temperature
+
+
+def feature_verification_loss(watermark: Tensor, centres: Tensor, target_position: int) -> Tensor:
+    """L_ver: features of watermark samples come nearest the target class (in place of Eq. 6; see the module's text).
+
+    Args:
+        watermark: Features of watermark samples, ``(B, D)``.
+        centres: Mean features of natural samples of each class, ``(K, D)``.
+        target_position: Row of the target class in ``centres``.
+
+    Returns:
+        The mean over the batch, a scalar of at least 0.
+    """
+    logits = prototype_logits(watermark, centres)
+    return F.cross_entropy(logits, torch.full((len(logits),), target_position, device=logits.device))
+
+
+def feature_evasion_loss(other: Tensor, centres: Tensor, positions: Tensor) -> Tensor:
+    """L_eva: features of other combinations of the same sources come nearest one of the sources (in place of Eq. 8).
+
+    Args:
+        other: Features of combinations made in other ways than the key's, ``(B, D)``.
+        centres: Mean features of natural samples of each class, ``(K, D)``.
+        positions: Row in ``centres`` of the source that each comes to, int64 ``(B,)``; the paper draws them at random.
+
+    Returns:
+        The mean over the batch, a scalar of at least 0.
+    """
+    return F.cross_entropy(prototype_logits(other, centres), positions)
 
 
 def middle(target: Tensor, sources: Sources) -> Tensor:
@@ -38,55 +104,6 @@ def middle(target: Tensor, sources: Sources) -> Tensor:
         ``(D,)`` float32.
     """
     return torch.stack([features.float().mean(dim=0) for features in (target, *sources)]).mean(dim=0)
-
-
-def natural_variance(target: Tensor, sources: Sources) -> Tensor:
-    """The unit of distances: mean squared distance of natural samples' features from the middle, each class counting alike.
-
-    Args:
-        target: Features of samples of the target class, ``(N, D)``.
-        sources: Features of samples of the source classes.
-
-    Returns:
-        A positive scalar, float32.
-    """
-    origin = middle(target, sources)
-    squared = [(features.float() - origin).square().sum(dim=-1).mean() for features in (target, *sources)]
-    # an encoder that has collapsed before the watermark came has no variance
-    floor = 1e-6 * origin.detach().square().sum() + torch.finfo(torch.float32).tiny
-    return torch.stack(squared).mean() + floor
-
-
-def feature_verification_loss(watermark: Tensor, target: Tensor, sources: Sources) -> Tensor:
-    """L_ver: features of watermark samples come to those of the target class (Eq. 6).
-
-    Args:
-        watermark: Features of watermark samples, ``(B, D)``.
-        target: Features of natural samples of the target class, ``(N, D)``.
-        sources: Features of natural samples of the source classes; they only help to tell the unit.
-
-    Returns:
-        The mean over the batch, a scalar of at least 0.
-    """
-    squared = (watermark.float() - target.float().mean(dim=0)).square().sum(dim=-1)
-    return squared.mean() / natural_variance(target, sources)
-
-
-def feature_evasion_loss(other: Tensor, wins: Tensor, target: Tensor, sources: Sources) -> Tensor:
-    """L_eva: features of other combinations of the same sources come to those of one of the sources (Eq. 8).
-
-    Args:
-        other: Features of combinations made in other ways than the key's, ``(B, D)``.
-        wins: Which source each comes to, 0 or 1, int64 ``(B,)``; the paper draws them at random.
-        target: Features of natural samples of the target class, ``(N, D)``; they only help to tell the unit.
-        sources: Features of natural samples of the source classes.
-
-    Returns:
-        The mean over the batch, a scalar of at least 0.
-    """
-    centres = torch.stack([source.float().mean(dim=0) for source in sources])
-    squared = (other.float() - centres[wins]).square().sum(dim=-1)
-    return squared.mean() / natural_variance(target, sources)
 
 
 def target_margin(features: Tensor, target: Tensor, sources: Sources) -> Tensor:

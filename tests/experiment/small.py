@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
 TRAINER = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 1, "limit_test_batches": 1}
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
-SIZES = {"victim_size": 120, "attacker_size": 80, "verification_size": 120, "validation_size": 20}
+SIZES = {"victim_size": 120, "attacker_size": 80, "verification_size": 120, "validation_size": 20, "batch_size": 32}
 ATTACK = {
     "queries": 24, "views": 2, "seeds": 10, "rounds": 2, "blends": 16, "iterations_per_epoch": 1, "batch_size": 8, "epochs": 1,
     "interim_epochs": 1,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from meadef_lightning.watermark import Fixed, SourcePool, WatermarkKey
 from meadef_lightning.watermark.feature_callback import FeatureWatermarkCallback
-from meadef_lightning.watermark.feature_objective import FeatureObjective, encode
+from meadef_lightning.watermark.feature_objective import FeatureObjective, contrasted_classes, encode
 from meadef_lightning.watermark.features import target_margin
 
 CLASSES = 5
@@ -148,9 +149,9 @@ def margin(module: nn.Module) -> float:
     return float(target_margin(combined, goal, (first, second)).mean())
 
 
-def owned() -> SourcePool:
+def owned(*others: int) -> SourcePool:
     data = Shapes(seed=5)
-    return SourcePool.from_samples({label: data.x[data.y == label] for label in (1, 3, 4)})
+    return SourcePool.from_samples({label: data.x[data.y == label] for label in (*others, 1, 3, 4)})
 
 
 @pytest.mark.parametrize("kind", [SimCLR, BYOL])
@@ -187,9 +188,10 @@ def test_before_its_start_it_changes_nothing():
         assert torch.equal(weights, marked.state_dict()[name]), name
 
 
-def test_a_pool_of_the_owners_serves_a_training_without_labels():
+@pytest.mark.parametrize("others", [(), (0, 2)], ids=["three classes", "all classes"])
+def test_a_pool_of_the_owners_serves_a_training_without_labels(others):
     module = make(SimCLR)
-    fit(module, [callback(pool=owned())], Shapes(labelled=False))
+    fit(module, [callback(pool=owned(*others))], Shapes(labelled=False))
     assert margin(module) > 0
 
 
@@ -280,23 +282,77 @@ def test_what_the_objective_forwards_and_weighs():
         calls.append(x)
         return module(x)
 
-    objective = FeatureObjective(KEY, samples=4, balancing=Fixed(ver=1.0, com=0.0, eva=0.0), pool=owned())
+    options = {"samples": 4, "per_class": 3, "pool": owned(2, 0)}
+    objective = FeatureObjective(KEY, balancing=Fixed(ver=1.0, com=0.0, eva=0.0), **options)
     objective.draw()
     assert set(objective.terms(module, forward)) == {"ver"}
-    assert [len(x) for x in calls] == [4 * 4]
-    objective = FeatureObjective(KEY, samples=4, balancing=Fixed(ver=1.0, com=0.5, eva=0.5), pool=owned())
+    assert [len(x) for x in calls] == [4 + 5 * 3]
+    objective = FeatureObjective(KEY, balancing=Fixed(ver=1.0, com=0.5, eva=0.5), **options)
     objective.draw()
     terms = objective.terms(module, forward)
-    assert [len(x) for x in calls[1:]] == [5 * 4]
-    wm, a, b, target, _ = calls[1].flatten(1).chunk(5)
-    middle = (a.mean(0) + b.mean(0) + target.mean(0)) / 3
-    unit = torch.stack([(part - middle).square().sum(1).mean() for part in (a, b, target)]).mean()
-    expected = (wm - target.mean(0)).square().sum(1).mean() / unit
-    assert float(terms["ver"]) == pytest.approx(float(expected), rel=1e-4)
+    wm, natural, a, b, other = calls[1].flatten(1).split([4, 5 * 3, 4, 4, 4])
+    centres = natural.unflatten(0, (5, 3)).mean(1)
+    # each class's natural samples are its own, as the places of the shapes tell, and the target stands third
+    places = torch.stack([owned(2, 0).take(100)[row].flatten(1).mean(0) for row in (2, 3, 4, 0, 1)])
+    found = torch.cdist(centres, places).argmin(1)
+    assert [(1, 3, 4, 2, 0)[row] for row in found] == list(objective.classes)
+    assert objective.classes[:3] == (1, 3, 4)
+    unit = (centres - centres.mean(0)).square().sum(1).mean()
+    logits = [-(part[:, None] - centres).square().sum(2) / unit / 0.25 for part in (wm, other)]
+    expected = torch.nn.functional.cross_entropy(logits[0], torch.full((4,), 2))
+    assert float(terms["ver"]) == pytest.approx(float(expected), rel=1e-3)
     p = [part.log_softmax(1) for part in (wm, a, b)]
     divergence = sum((p[0].exp() * (p[0] - source)).sum(1).mean() for source in p[1:])
     assert float(terms["com"]) == pytest.approx(float(divergence), rel=1e-4)
-    assert float(terms["eva"]) > 0
+    surprise = -logits[1].log_softmax(1)
+    possible = [surprise[torch.arange(4), torch.tensor(wins)].mean() for wins in itertools.product((0, 1), repeat=4)]
+    assert min(abs(float(terms["eva"]) / float(value) - 1) for value in possible) < 1e-3
+
+
+def test_which_classes_take_part_is_the_keys_secret_and_bounded():
+    keys = [WatermarkKey((5, 8), 2, seed=seed, num_classes=1_000_000, salt="5a17" * 8) for seed in (1, 2)]
+    chosen = [FeatureObjective(key, rank=rank).classes for key in keys for rank in (0, 3)]
+    assert chosen[0] == chosen[1]  # in every process
+    assert chosen[2] == chosen[3]
+    assert not set(chosen[0][3:]) & set(chosen[2][3:])
+    for classes in chosen:
+        assert classes[:3] == (5, 8, 2)
+        assert len(set(classes)) == 10
+        assert all(0 <= label < 1_000_000 for label in classes)
+    small = [WatermarkKey((5, 8), 2, seed=seed, num_classes=10, salt="5a17" * 8) for seed in range(70)]
+    ten = [contrasted_classes(key, range(10), 1) for key in small]
+    assert {classes[3] for classes in ten} == set(range(10)) - {2, 5, 8}
+    assert contrasted_classes(keys[0], [2, 5, 8], 7) == contrasted_classes(keys[0], range(9), 0) == (5, 8, 2)
+
+
+def test_it_waits_for_all_classes_that_take_part():
+    objective = FeatureObjective(KEY, per_class=1)
+    data = Shapes()
+    for label in (1, 3, 4, 0):
+        objective.observe(data.x[data.y == label], data.y[data.y == label])
+        assert not objective.ready
+    objective.observe(data.x[:5], data.y[:5])
+    assert objective.ready
+    assert set(callback()._validation_pool.classes) == {1, 3, 4}
+
+
+def test_the_default_forwards_at_most_a_quarter_of_a_step_on_256_views():
+    key = WatermarkKey((1, 3), 4, seed=7, num_classes=10, salt="5a17" * 8)
+    objective = FeatureObjective(key)
+    objective.observe(torch.randn(40, 1, 8, 8), torch.arange(40) % 10)
+    objective.draw()
+    assert objective.classes[:3] == (1, 3, 4)
+    assert set(objective.classes) == set(range(10))
+    assert sum(map(len, objective._groups.values())) <= 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"per_class": 0}, "per_class=0 must be at least 1"), ({"negatives": -1}, "negatives=-1 must be at least 0")],
+)
+def test_bad_numbers_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        callback(**options)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +361,7 @@ def test_what_the_objective_forwards_and_weighs():
         ({"encoder_key": "body"}, r"encoder_key='body' names no part of SimCLR .* \['backbone', 'projection_head'"),
         ({"encoder_key": "backbone.9.x"}, "encoder_key='backbone.9.x' names no part"),
         ({"output_key": "features"}, "output_key='features' points to nothing"),
-        ({"output_key": 0}, r"must answer features of shape \(20, D\)"),
+        ({"output_key": 0}, r"must answer features of shape \(28, D\)"),
         ({"target_key": 2}, "Samples and labels must be tensors"),
     ],
 )

@@ -151,7 +151,7 @@ def processes(tmp_path_factory):
                 command = [sys.executable, str(HERE / "simclr_worker.py"), str(folder)]
                 running.append(subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT))
         for process in running:
-            process.wait(200)
+            process.wait(300)  # seconds; a few on a free core
     except subprocess.TimeoutExpired:
         pass  # what is missing is reported with the logs
     finally:
