@@ -111,7 +111,7 @@ class _Composites(_Indexed):
         for way in sorted(set(ways.tolist())):
             chosen = ways == way
             # a way that draws random numbers gets the same ones whenever the same batch is made
-            start = int(seeded_stream(1, "combiner", self.seed, way, int(items[0]))[0] >> 1)
+            start = int(seeded_stream(1, "combiner", self.seed, way, int(items[0]))[0]) >> 1
             combined[chosen] = self.combiners[way](a[chosen], b[chosen], torch.Generator().manual_seed(start))
         return combined
 

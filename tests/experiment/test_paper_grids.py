@@ -15,6 +15,7 @@ from meadef_lightning.experiment.load import load_experiment
 FILES = sorted([*(EXPERIMENTS / "paper").glob("*.yaml"), EXPERIMENTS / "digits" / "grid.yaml"])
 SCHEDULERS = EXPERIMENTS / "schedulers"
 SHORT = {**TRAINER, **QUIET}
+NETWORK = {"network": {"class_path": "meadef_lightning.victims.networks.MLP"}}
 
 
 def covering(grid):
@@ -48,20 +49,23 @@ def test_every_entry_of_every_axis_is_an_experiment(file):
 
 
 def reduced_table(tmp_path):
-    """Table I with one data set, synthetic, one run, and trainings of three steps."""
+    """Table I with one data set, synthetic, two runs, and trainings of three steps of a network that is quick."""
     content = yaml.safe_load((EXPERIMENTS / "paper" / "table1.yaml").read_text())
     data_set = content["axes"]["data_set"][0]
     assert data_set["name"] == "fashion_mnist"
     arguments = {**SIZES, "root": str(fake_fashion_mnist(tmp_path / "data")), "download": False, "batch_size": 16}
     thefts = data_set["overrides"]["extraction"]
     for theft in thefts:
-        theft["trainer"] = SHORT
+        theft |= {
+            "trainer": SHORT,
+            "student": {"class_path": "meadef_lightning.extraction.Student", "init_args": NETWORK},
+        }
     thefts[1]["queries"]["init_args"] = {"seeds": 10, "rounds": 1, "epochs": 1}
     thefts[2]["queries"]["init_args"] = {"queries": 24, "pool": {"class_path": "meadef_lightning.extraction.Photographs", "init_args": {"size": 40}}}  # fmt: skip
     data_set["overrides"] |= {
         "data": {"init_args": arguments},
-        "victim": {"trainer": SHORT},
-        "independent": [{"name": "independent", "count": 1, "model": {"class_path": "meadef_lightning.victims.SupervisedVictim", "init_args": {"network": {"class_path": "meadef_lightning.victims.networks.MLP"}}}, "trainer": SHORT}],
+        "victim": {"model": {"init_args": NETWORK}, "trainer": SHORT},
+        "independent": [{"name": "independent", "count": 1, "model": {"class_path": "meadef_lightning.victims.SupervisedVictim", "init_args": NETWORK}, "trainer": SHORT}],
         "verification": VERIFICATION,
     }  # fmt: skip
     content["axes"] = {"data_set": [data_set], "run": content["axes"]["run"][:2]}

@@ -109,6 +109,7 @@ def test_p_values_of_an_independent_encoder_are_uniform_over_the_draw_of_the_key
         np.testing.assert_allclose(np.sort(p), np.arange(1, 97) / 96)  # no ties: exactly uniform
 
 
+@pytest.mark.filterwarnings("ignore:Class . has 12 sample")
 def test_planted_key_is_supported_and_an_independent_model_is_not():
     data = FakeData()
     planted = feature_verdict(Thief(KEY), KEY, data, decoy_samples=4)

@@ -157,6 +157,7 @@ def test_the_same_seed_asks_the_same():
     assert not torch.equal(runs[0][1][:16], runs[2][1][:16])
 
 
+@pytest.mark.filterwarnings("ignore:Class . has 12 sample")
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="alpha=0"):
         SequentialTest(KEY, FakeData(), alpha=0)

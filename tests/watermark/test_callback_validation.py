@@ -90,6 +90,7 @@ def test_rates_equal_those_computed_by_hand(capacity):
     assert wsr != wfpr
 
 
+@pytest.mark.filterwarnings("ignore:The training ended without a single watermarked step")
 def test_rates_before_the_start_are_those_of_an_innocent_model():
     module, trainer = train({"start": 0.9}, max_epochs=1, limit_train_batches=2)
     images = validation_images()
