@@ -184,7 +184,7 @@ def fails(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["destroy"], "no command 'destroy'; it is one of demo, run, verify"),
+        (["destroy"], "no command 'destroy'; it is one of demo, run, grid, verify, key, evidence, serve, fit"),
         (["run"], "needs an experiment file"),
         (["run", "missing.yaml"], "no experiment file missing.yaml"),
     ],

@@ -51,7 +51,7 @@ DIGITS = {
 }
 SUSPECTS, SURROGATES, REFERENCE = 1002, 2004, -1
 """Numbers of the first suspect, of the first surrogate (both with the first architecture), and of the judge's reference model."""
-GRINDING = (1, 10, 100, 1000)
+GRINDING = (1, 10, 100, 1000, 10_000)
 REPEATS = 5
 
 
@@ -204,7 +204,7 @@ def rows_of(study: Study, keys: int) -> dict[str, Callable[[], Row]]:
     rows["planted targets"] = lambda: supplied(study, PlantedTargets(), keys)
     rows["the same keys, judge's images"] = lambda: honest(study, keys)
     for margin in (2.0, 20.0):
-        rows[f"rigged reference, margin {margin:g}"] = lambda m=margin: rigged(study, keys, m)  # type: ignore[misc]
+        rows[f"rigged reference, margin {margin:g}"] = lambda m=margin: rigged(study, 4 * keys, m)  # type: ignore[misc]
     return rows
 
 

@@ -103,7 +103,8 @@ class Robustness:
             attack=attack,
             directory=directory,
             sha256=result["sha256"],
-            build=lambda: self._scrubbed(target, index),
+            # within his budget nothing may have been left but the model as it was
+            build=lambda: self._scrubbed(target, index, result["chosen"] > 0),
         )
         return row, suspect
 
@@ -116,12 +117,13 @@ class Robustness:
             network.requires_grad_(True)
         return model
 
-    def _scrubbed(self, target: Suspect, index: int) -> Classifier:
+    def _scrubbed(self, target: Suspect, index: int, changed: bool) -> Classifier:
         built, data = target.build(), self.run.data
         build_network(built, data)
         model = DownstreamClassifier(built, freeze=False) if isinstance(built, Encoder) else built
         build_network(model, data)
-        model.network = self.run.fresh().removal[index].method.prepare(model.ready_network())
+        if changed:
+            model.network = self.run.fresh().removal[index].method.prepare(model.ready_network())
         return model
 
     # ---- detection

@@ -83,6 +83,7 @@ def test_accuracies_are_those_of_the_models_on_disk(finished, config):
     assert report["victim"]["accuracy"] == pytest.approx(accuracy, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The training ended without a single watermarked step")
 def test_the_clean_twin_differs_by_the_watermark_only(finished, config, tmp_path):
     """With a watermark that starts after the end the two trainings are the same, bit for bit."""
     never = json.loads(json.dumps(config))

@@ -85,6 +85,19 @@ def test_every_removal_and_every_search(tmp_path, capsys):
     assert "Searches for a watermark" in capsys.readouterr().out
 
 
+def test_a_thief_whose_budget_is_spent_at_once_keeps_the_model_as_it_was(tmp_path):
+    config = shrink(merged("digits/robustness.yaml"), trainer={"max_epochs": 12})
+    (noise,) = (item for item in config["removal"] if item["name"] == "input-noise")
+    noise["method"]["init_args"]["strengths"], noise["points"], noise["of"] = [50.0], 0.0, ["victim"]
+    config["removal"], config["detection"], config["extraction"] = [noise], [], []
+    report = run(config, tmp_path)
+    assert report["removal"][0]["chosen"] == 0
+    victim, kept = (
+        next(row for row in report["suspects"] if row["name"] == name) for name in ("victim", "victim.input-noise")
+    )
+    assert (kept["accuracy"], kept["wsr"], kept["p_value"]) == (victim["accuracy"], victim["wsr"], victim["p_value"])
+
+
 def test_the_attacks_on_fashion_mnist_go_on_top_of_the_supervised_experiment(tmp_path):
     root = str(fake_fashion_mnist(tmp_path / "data"))
     config = shrink(merged("fashion_mnist/supervised.yaml", "fashion_mnist/robustness.yaml"), root=root, download=False)
