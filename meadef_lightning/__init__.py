@@ -1,7 +1,11 @@
 """meadef_lightning: prove that a neural network was stolen through its API.
 
-The rooms follow the story: ``watermark`` (what the owner embeds), ``victims``, ``data``, ``oracle`` (the API), ``extraction`` (the
-theft), ``verification`` (the verdict), and ``experiment`` (the whole chain from one YAML). The command is ``meadef``.
+The rooms follow the story: `meadef_lightning.watermark` (what the owner embeds), `meadef_lightning.victims` and
+`meadef_lightning.data` (what is trained on what), `meadef_lightning.oracle` (the API), `meadef_lightning.extraction` (the theft),
+`meadef_lightning.removal` and `meadef_lightning.detection` (what a thief does next), `meadef_lightning.verification` (the verdict),
+`meadef_lightning.protection` (other schemes, to compare with) and `meadef_lightning.experiment` (the whole chain from one YAML).
+Start with `WatermarkCallback` in a Trainer of your own, or with the command ``meadef demo``. In every room one file is one method, and its
+docstring is the method's page: source, algorithm, cost, defaults, pitfalls.
 """
 
 from typing import TYPE_CHECKING, Any

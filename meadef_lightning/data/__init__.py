@@ -1,4 +1,11 @@
-"""Data modules: every data set in five disjoint splits, for victim, validation, attacker, verification and test."""
+"""Data modules: every data set in five disjoint splits, for victim, validation, attacker, verification and test.
+
+``DigitsDataModule`` needs no download, ``ImageFolderDataModule`` takes your own pictures, and the others fetch what they are called after. A data
+set of your own is a `meadef_lightning.data.base.SplitDataModule` with ``load``, and perhaps ``image_shape`` and ``class_names``;
+`meadef_lightning.data.splits` draws the splits, `meadef_lightning.data.images` and `meadef_lightning.data.files` hold images in memory or
+on disk, and `meadef_lightning.data.augmentation` draws for every image anew, on the device. ``data.tensors("attacker")`` is a whole
+split, ``data.split_summary()`` its digest for a report. What a thief has for removals is `meadef_lightning.data.thief`.
+"""
 
 from meadef_lightning.data.augmentation import Chain, RandomNoiseSquare, RandomShiftFlip, shift_flip
 from meadef_lightning.data.base import SplitDataModule

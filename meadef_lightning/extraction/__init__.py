@@ -1,4 +1,12 @@
-"""One data module for each way to steal a model through its oracle, and the one student they all train."""
+"""One data module for each way to steal a model through its oracle, and the one student they all train.
+
+An attack decides what to ask: it is a `meadef_lightning.extraction.base.ExtractionDataModule`, whose ``collect`` chooses queries and asks them;
+one that needs interim students is a `meadef_lightning.extraction.rounds.RoundsDataModule`. Where images come from is a pool
+(`meadef_lightning.extraction.pools`): the attacker's split, other data, photographs, noise. Hand the attack and a `Student`, which takes
+soft and hard answers alike, to a Trainer. The attacks without data bring a student of their own (`meadef_lightning.extraction.dfme`,
+`meadef_lightning.extraction.maze`), as do those on encoders (`meadef_lightning.extraction.encoder_student`). For an attack of your own see
+``experiments/examples/own_attack.py``.
+"""
 
 from meadef_lightning.extraction.active import ActiveThiefDataModule
 from meadef_lightning.extraction.base import ExtractionDataModule, TransferSet

@@ -1,6 +1,9 @@
 """The only door to a victim: policies decide what an answer gives away, a ledger counts and pays for it.
 
-The victim lies in this process (`Oracle`) or behind a URL (`HTTPOracle`); `meadef serve` puts it there.
+``Oracle(victim, TopK(3), QueryLedger(path, budget=10_000)).query(x)`` is all that an attack sees. The victim lies in this process
+(`meadef_lightning.oracle.oracle`), behind ``meadef serve`` (`meadef_lightning.oracle.server`, asked by `meadef_lightning.oracle.http`), or
+behind somebody else's service, whose JSON a YAML describes (`meadef_lightning.oracle.mapping`). What is given away is one of
+`meadef_lightning.oracle.policies`; what was paid for lies in `meadef_lightning.oracle.ledger`, survives a crash, and is never paid for twice.
 """
 
 from meadef_lightning.oracle.base import BlackBox

@@ -1,4 +1,10 @@
-"""How a thief tries to scrub a watermark off a model that he holds: one file per way."""
+"""How a thief tries to scrub a watermark off a model that he holds: one file per way.
+
+A `meadef_lightning.removal.base.Removal` walks a path of growing strength and shows the model at every step; an ``AccuracyBudget`` says how
+far the thief can go before his own images tell him that the model is spoilt. Training: fine-tuning, adversarial fine-tuning, NAD, I-BAU, WRK,
+GAN unlearning, distilling again, transfer, overwriting. Weights: pruning, fine-pruning, quantisation, noise. Inputs: preprocessing.
+In an experiment they stand under ``removal:``, on the victim, on stolen models, and on the positive control.
+"""
 
 from meadef_lightning.removal.adversarial import AdversarialFineTuning
 from meadef_lightning.removal.base import AccuracyBudget, Removal, train_path

@@ -1,4 +1,11 @@
-"""What the owner embeds: keys, combining ways, losses, balancing, and the callback that does it."""
+"""What the owner embeds: keys, combining ways, losses, balancing, and the callback that does it.
+
+`meadef_lightning.watermark.key` draws a secret key, `meadef_lightning.watermark.combiners` are the ways of joining two images into one,
+`meadef_lightning.watermark.losses` and `meadef_lightning.watermark.objective` the terms, `meadef_lightning.watermark.balancing` weighs them,
+and `meadef_lightning.watermark.tilt` is what lets them survive a theft. Use them through `WatermarkCallback`
+(`meadef_lightning.watermark.callback`), or ``FeatureWatermarkCallback`` for encoders; `WatermarkLossMixin` is for those who would rather
+write ``training_step`` themselves. ``README.md`` in this directory shows what each knob costs.
+"""
 
 from meadef_lightning.watermark.autoencoder import AutoencoderBlend
 from meadef_lightning.watermark.balancing import MGDA, Balancing, Fixed, LastLayerMGDA
