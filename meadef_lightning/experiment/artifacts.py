@@ -164,7 +164,8 @@ def _plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, FunctionType) and "<" not in value.__qualname__:  # a default such as `adam`; lambdas have no name
+    # a default such as `adam`; lambdas have no name
+    if isinstance(value, FunctionType) and "<" not in value.__qualname__:
         return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(f"{type(value).__name__} has no canonical JSON form; pass plain values")
 

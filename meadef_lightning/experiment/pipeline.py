@@ -41,7 +41,9 @@ def run(experiment: Experiment, output: Path, command: str = "", tracking: Track
     many = len(experiment.seeds) > 1
     config = yaml.safe_load(experiment.yaml())
     tracker = (tracking or Tracking()).tracker(output, experiment.name, config, many)
-    runs = [SeedRun(experiment, output / f"seed-{seed}" if many else output, seed, tracker) for seed in experiment.seeds]
+    runs = [
+        SeedRun(experiment, output / f"seed-{seed}" if many else output, seed, tracker) for seed in experiment.seeds
+    ]
     progress = Progress(many)
     found = Found()
     fights = [_run_seed(seed_run, found, progress) for seed_run in runs]

@@ -121,7 +121,9 @@ def removal_stage(
             spec.method.scrub(network, thief, observe, seed)
             model.network = budget.best
             if is_rank_zero():
-                if budget.strength == 0 or spec.method.prepare(network) is network:  # only then does the configuration describe what is saved
+                if (
+                    budget.strength == 0 or spec.method.prepare(network) is network
+                ):  # only then does the configuration describe what is saved
                     text = yaml.safe_dump({"model": dict(model_config)}, sort_keys=False)
                     write_text_atomic(directory / "config.yaml", text)
                 weights = io.BytesIO()
