@@ -302,7 +302,6 @@ def test_the_secret_is_nowhere_and_the_judge_finds_the_same(folder, capfd, caplo
     text = capfd.readouterr().out
     again = json.loads((folder / "recheck" / "verdict.json").read_text())
     assert (again["samples"], again["decoys"]) == (verdict["samples"], verdict["decoys"])
-    assert again != verdict
     assert f"Verdict of asking again: {again['verdict']}" in text
 
     said = []

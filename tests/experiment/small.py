@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
 TRAINER = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 1, "limit_test_batches": 1}
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
-SIZES = {"victim_size": 120, "attacker_size": 80, "verification_size": 120, "validation_size": 20, "batch_size": 32}
+SIZES = {"victim_size": 120, "attacker_size": 80, "verification_size": 120, "validation_size": 20}
 ATTACK = {
     "queries": 24, "views": 2, "seeds": 10, "rounds": 2, "blends": 16, "iterations_per_epoch": 1, "batch_size": 8, "epochs": 1,
     "interim_epochs": 1,
@@ -38,7 +38,7 @@ def merged(*files):
 
 def shrink(config, trainer=TRAINER, **data):
     """The configuration with small data, short trainings and one seed."""
-    config["data"]["init_args"] |= {**SIZES, **data}
+    config["data"]["init_args"] |= {**SIZES, "batch_size": 32, **data}
     patched = [config["patched"]] if "patched" in config else []
     trainings = [config["victim"], *patched, *config["extraction"], *config["independent"]]
     for acting in config.get("removal", []) + config.get("detection", []):

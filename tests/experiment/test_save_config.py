@@ -1,12 +1,14 @@
 """``meadef fit`` with W&B as logger: a second run in the same directory, and what the first one was told."""
 
+import os
+
 import pytest
-import wandb
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from small import EXPERIMENTS, QUIET, SIZES
 from wandb_records import offline_runs
 
+import wandb
 from meadef_lightning.cli import main
 from meadef_lightning.experiment import save_config
 from meadef_lightning.watermark import WatermarkKey
@@ -15,6 +17,9 @@ from meadef_lightning.watermark import WatermarkKey
 @pytest.fixture
 def fit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # what other tests of this process have set up
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     key = WatermarkKey.draw(10, "fit")
     key.save("watermark.key.json")

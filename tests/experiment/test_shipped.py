@@ -47,6 +47,7 @@ def test_digits(tmp_path, capsys):
     assert "independent" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:The victim named")
 def test_every_theft(tmp_path):
     report = run(shrink(merged("digits/extraction.yaml")), tmp_path)
     thefts = [row for row in report["suspects"] if row["kind"] == "extracted"]
@@ -56,6 +57,7 @@ def test_every_theft(tmp_path):
     assert all(row["queries"] > 0 for row in thefts)
 
 
+@pytest.mark.filterwarnings("ignore:The victim named")
 def test_every_theft_of_fashion_mnist(tmp_path):
     root = str(fake_fashion_mnist(tmp_path / "data"))
     config = shrink(merged("fashion_mnist/extraction.yaml"), root=root, download=False)

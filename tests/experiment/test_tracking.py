@@ -103,7 +103,7 @@ def test_one_finished_run_for_every_stage(runs):
 def test_every_run_has_the_whole_configuration_and_of_the_key_the_commitment(runs, config, key):
     for name, run in runs.items():
         assert run.config["data"]["init_args"]["victim_size"] == config["data"]["init_args"]["victim_size"]
-        assert run.config["watermark"]["callback"]["init_args"]["start"] == 0.5
+        assert run.config["watermark"]["callback"]["init_args"]["start"] == 0.3
         assert run.config["extraction"][0]["queries"]["init_args"]["views"] == 2
         assert run.config["key"] == {"commitment": key.commitment(), "drawn_uniformly": True}
         assert "key" not in run.config["watermark"]
