@@ -3,12 +3,12 @@
 import os
 
 import pytest
+import wandb
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from small import EXPERIMENTS, QUIET, SIZES
 from wandb_records import offline_runs
 
-import wandb
 from meadef_lightning.cli import main
 from meadef_lightning.experiment import save_config
 from meadef_lightning.watermark import WatermarkKey
