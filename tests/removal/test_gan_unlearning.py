@@ -22,9 +22,11 @@ def test_the_planted_class_stands_out(reversal):
 
 
 def test_its_triggers_lie_where_the_patch_is_and_turn_images_that_nobody_trained_on(reversal):
-    mask = reversal.masks[TARGET].mean(0)[0]
-    row, column = divmod(int(mask.argmax()), 16)
-    assert min(row, column) >= 11  # the patch, which covers 13 to 15, and what a convolution sees of it
+    masks = reversal.masks.mean(1)[:, 0]
+    # the patch, which covers 13 to 15, and what a convolution sees of it
+    corner = masks[:, 11:, 11:].mean((1, 2)) / masks.mean((1, 2))
+    assert float(corner[TARGET]) > 2
+    assert int(corner.argmax()) == TARGET
     x, y = digits().tensors("test")
     x = x[y != TARGET]
     drawn = torch.arange(len(x)) % len(reversal.masks[TARGET])
