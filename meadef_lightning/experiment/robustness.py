@@ -93,7 +93,7 @@ class Robustness:
         )
         attack = type(spec.method).__name__
         curve = tuple(PathPoint(**point) for point in result["curve"])
-        row = RemovalRow(name, of, attack, result["unit"], result["points"], result["chosen"], curve)
+        row = RemovalRow(name, of, attack, result["unit"], result["points"], result["chosen"], curve, result["gains"])
         if of == "patched":
             return row, None
         suspect = replace(

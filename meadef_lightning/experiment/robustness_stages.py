@@ -104,7 +104,7 @@ def removal_stage(
         track: Follows the stage.
 
     Returns:
-        What ``result.json`` holds: ``{"unit": …, "points": …, "chosen": …, "curve": […], "sha256": …}``.
+        What ``result.json`` holds: ``{"unit": …, "points": …, "chosen": …, "curve": […], "gains": {…}, "sha256": …}``.
     """
     with Stage(directory, directory.name, inputs) as stage, track(stage):
         if not stage.done:
@@ -135,6 +135,7 @@ def removal_stage(
                     "points": spec.points,
                     "chosen": budget.strength,
                     "curve": curve,
+                    "gains": spec.method.gains(budget.best, thief),
                     "sha256": file_sha256(directory / MODEL),
                 }
                 write_json_atomic(directory / RESULT, result)

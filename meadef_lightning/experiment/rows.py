@@ -207,6 +207,7 @@ class RemovalRow:
         points: accuracy that the thief gives away at most, in [0, 1].
         chosen: the strength that he takes home: the last within his budget.
         curve: the path, the untouched model first.
+        gains: what the thief has won besides, e.g. accuracy on another task; rates in [0, 1] by name.
     """
 
     name: str
@@ -216,6 +217,7 @@ class RemovalRow:
     points: float
     chosen: float
     curve: tuple[PathPoint, ...]
+    gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("name", "target", "attack", "unit"):
@@ -225,6 +227,11 @@ class RemovalRow:
         object.__setattr__(self, "curve", tuple(self.curve))
         if not self.curve:
             raise ValueError("curve must hold at least one point")
+        if not isinstance(self.gains, Mapping):
+            raise ValueError(f"gains must be an object, not {self.gains!r}")
+        object.__setattr__(
+            self, "gains", {text("gains", name): rate(name, value) for name, value in self.gains.items()}
+        )
 
 
 @dataclass(frozen=True)

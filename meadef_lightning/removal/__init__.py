@@ -2,11 +2,12 @@
 
 A `meadef_lightning.removal.base.Removal` walks a path of growing strength and shows the model at every step; an ``AccuracyBudget`` says how
 far the thief can go before his own images tell him that the model is spoilt. Training: fine-tuning, adversarial fine-tuning, NAD, I-BAU, WRK,
-GAN unlearning, distilling again, transfer, overwriting. Weights: pruning, fine-pruning, quantisation, noise. Inputs: preprocessing.
+GAN unlearning, distilling again, also from balanced answers (made for this package's own recipe), transfer, overwriting. Weights: pruning, fine-pruning, quantisation, noise. Inputs: preprocessing.
 In an experiment they stand under ``removal:``, on the victim, on stolen models, and on the positive control.
 """
 
 from meadef_lightning.removal.adversarial import AdversarialFineTuning
+from meadef_lightning.removal.balanced_distillation import BalancedDistillation
 from meadef_lightning.removal.base import AccuracyBudget, Removal, train_path
 from meadef_lightning.removal.distil_again import DistilAgain
 from meadef_lightning.removal.fine_pruning import FinePruning
@@ -28,6 +29,7 @@ __all__ = [
     "WRK",
     "AccuracyBudget",
     "AdversarialFineTuning",
+    "BalancedDistillation",
     "DistilAgain",
     "FinePruning",
     "FineTuning",

@@ -133,6 +133,10 @@ class Removal(ABC):
             seed: Seed of everything random.
         """
 
+    def gains(self, model: nn.Module, data: ThiefData) -> dict[str, float]:
+        """What the thief has won with the model that he takes home, besides its accuracy: names and rates in ``[0, 1]``; mostly nothing."""
+        return {}
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Gives an untouched model the form in which ``observe`` sees it, so that saved weights can be loaded into it.
 

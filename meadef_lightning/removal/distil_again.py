@@ -89,14 +89,17 @@ class DistilAgain(Removal):
 
     @override
     def scrub(self, model: nn.Module, data: ThiefData, observe: Observe, seed: int = 0) -> None:
-        soft = self.answers == "soft"
-        answers = logits_of(model, data.x).float().softmax(dim=-1) if soft else classes_of(model, data.x)
+        answers = self._answers(model, data)
         fresh = self._network(model, data, seed)
         student = _Student(fresh, temperature=self.temperature, optimizer=self.optimizer)
         student.augment = nn.Identity() if self.augmentation is None else copy.deepcopy(self.augmentation)
         train_path(
             student, fresh, (data.x, answers), observe, epochs=self.epochs, batch_size=self.batch_size, seed=seed
         )
+
+    def _answers(self, model: nn.Module, data: ThiefData) -> Tensor:
+        soft = self.answers == "soft"
+        return logits_of(model, data.x).float().softmax(dim=-1) if soft else classes_of(model, data.x)
 
     def _network(self, model: nn.Module, data: ThiefData, seed: int) -> nn.Module:
         if self.network is None:

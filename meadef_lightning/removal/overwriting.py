@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from typing_extensions import override
 
 from meadef_lightning.data.thief import ThiefData
-from meadef_lightning.removal.base import Observe, Removal, train_path
+from meadef_lightning.removal.base import Observe, Removal, classes_of, train_path
 from meadef_lightning.removal.finetuning import Tuner, adam, check_training
 from meadef_lightning.watermark.callback import WatermarkCallback
 from meadef_lightning.watermark.key import WatermarkKey
@@ -73,3 +74,14 @@ class Overwriting(Removal):
         tuned = copy.deepcopy(model).train().requires_grad_(True)
         module = Tuner(tuned, self.optimizer, [self._callback(self.key(data.num_classes))])
         train_path(module, tuned, (data.x, data.y), observe, epochs=self.epochs, batch_size=self.batch_size, seed=seed)
+
+    @override
+    def gains(self, model: nn.Module, data: ThiefData) -> dict[str, float]:
+        """Success of the thief's own watermark: combinations of validation images that the model answers with his target."""
+        key = self.key(data.num_classes)
+        a, b = (data.validation_x[data.validation_y == label] for label in key.source_classes)
+        pairs = min(len(a), len(b))
+        if not pairs:
+            return {}  # he has no image to show it with
+        combined = key.combiner.build()(a[:pairs], b[:pairs], torch.Generator().manual_seed(key.seed))
+        return {"success of his own key": float((classes_of(model, combined) == key.target_class).float().mean())}

@@ -12,7 +12,7 @@ its data module) and bring them into the model's input space. 4. Minimise cross-
 
 **Pitfalls.** The watermark is asked with the *old* task's samples, and its target is a number that means another class now: where the two
 tasks share no classes, the old watermark success says little, and a falling one proves no removal. Accuracy on the old task falls
-as well; the thief's is :meth:`Transfer.accuracy`. Each data module normalises with its own mean and standard deviation: unless
+as well; the thief's is :meth:`Transfer.gains`. Each data module normalises with its own mean and standard deviation: unless
 undone, the model would meet the same picture in two places of its input space.
 """
 
@@ -79,14 +79,10 @@ class Transfer(Removal):
         module = Tuner(tuned, self.optimizer)
         train_path(module, tuned, (x, y), observe, epochs=self.epochs, batch_size=self.batch_size, seed=seed)
 
-    def accuracy(self, model: nn.Module, data: ThiefData) -> float:
-        """Accuracy on the other task's test split.
-
-        Args:
-            model: A model on the path.
-            data: The thief's data on the old task, in whose input space the model lives.
-        """
-        return accuracy(model, *self._images("test", data))
+    @override
+    def gains(self, model: nn.Module, data: ThiefData) -> dict[str, float]:
+        """Accuracy on the other task's test split."""
+        return {"accuracy on the other task": accuracy(model, *self._images("test", data))}
 
     def _images(self, split: Split, data: ThiefData) -> tuple[Tensor, Tensor]:
         shape = tuple(data.x.shape[1:])

@@ -44,7 +44,8 @@ SCHEMA = json.loads("""
                "wsr_ci": [0.0, 0.0], "wfpr": 0.0, "p_value": 0.0,
                "verdict": "supported|inconclusive|not supported"}],
  "removal": [{"name": "...", "target": "...", "attack": "...", "unit": "...", "points": 0.0, "chosen": 0.0,
-              "curve": [{"strength": 0.0, "accuracy": 0.0, "wsr": 0.0, "wfpr": 0.0}]}],
+              "curve": [{"strength": 0.0, "accuracy": 0.0, "wsr": 0.0, "wfpr": 0.0}],
+              "gains": {"his own": 0.0}}],
  "detection": [{"attack": "...", "target": "...", "level": "model|inputs", "score": 0.0, "threshold": 0.0,
                 "decision": true, "auc": 0.0, "true_rate": 0.0, "false_rate": 0.0}]}
 """)
@@ -76,7 +77,11 @@ def report(*suspects, **changes):
         "key": KeyInfo("ab" * 32, True),
         "victim": VictimRow(0.969, 0.972, 1.0, 0.012),
         "suspects": suspects or (suspect(), independent()),
-        "removal": (RemovalRow("victim.wrk", "victim", "WRK", "epochs", 0.05, 1, (PathPoint(0, 0.97, 1, 0.01),)),),
+        "removal": (
+            RemovalRow(
+                "victim.wrk", "victim", "WRK", "epochs", 0.05, 1, (PathPoint(0, 0.97, 1, 0.01),), {"his own": 0.5}
+            ),
+        ),
         "detection": (DetectionRow("lof", "victim", "inputs", 1, 2.5, False, 0.5, 0.01, 0.02),),
     }
     return Report(**{**values, **changes})

@@ -36,6 +36,8 @@ def test_the_thiefs_key_is_learnt_and_accuracy_kept(run):
     assert key_success(patched_model(), key) < 0.3
     assert key_success(plain.last, key) < 0.3  # the same training without the key
     assert key_success(keep.last, key) > 0.8
+    assert removal.gains(keep.last, thief())["success of his own key"] > 0.8
+    assert removal.gains(plain.last, thief())["success of his own key"] < 0.3
     assert test_accuracy(keep.last) > test_accuracy(patched_model()) - 0.05
     assert keep.strengths == list(range(1, 11))
 
