@@ -7,15 +7,19 @@
 each at the same quantile of what images of ``t`` give to ``a``; the class ``a`` gets what is cut off. 3. Train a network with new weights on these
 answers, as in :mod:`meadef_lightning.removal.distil_again`.
 
-**Cost.** That of a second distillation, and true labels of the thief's images; no query.
+**Cost.** That of a second distillation; no query. With ``classes: "true"``, the true label of every image, with which the thief could also do
+without the model; with ``"answered"`` nothing more.
 
-**Defaults.** As in the second distillation.
+**Defaults.** The true classes, the stronger attack; else as in the second distillation.
 
 **Pitfalls.** What a thief caps is also what makes soft answers worth more than labels, so accuracy may fall. He needs no key: all pairs of
-classes are balanced. It does nothing to a lean that goes both ways.
+classes are balanced. By answered classes, images that are tilted so far that they change sides are not seen as leaning. It does nothing to
+a lean that goes both ways.
 """
 
 from __future__ import annotations
+
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +54,31 @@ def balance(probabilities: Tensor, y: Tensor) -> Tensor:
     return balanced
 
 
+Classes = Literal["true", "answered"]
+
+
 class BalancedDistillation(DistilAgain):
-    """Trains a fresh network on balanced answers; see the module's documentation. Takes `DistilAgain`'s arguments, soft answers only."""
+    """Trains a fresh network on balanced answers; see the module's documentation.
+
+    Args:
+        classes: Between which classes answers are balanced: the images' true ones, or those that the model answers.
+        **options: The arguments of `DistilAgain`, but for ``answers``, which are soft.
+
+    Raises:
+        ValueError: If an argument is unknown or out of range.
+    """
+
+    def __init__(self, classes: Classes = "true", **options: Any) -> None:
+        if classes not in get_args(Classes):
+            raise ValueError(f"classes={classes!r} must be one of {get_args(Classes)}.")
+        if options.get("answers", "soft") != "soft":
+            raise ValueError(
+                f"answers={options['answers']!r} cannot be balanced: labels lean to nothing. Use soft ones."
+            )
+        super().__init__(**options)
+        self.classes = classes
 
     @override
     def _answers(self, model: nn.Module, data: ThiefData) -> Tensor:
-        if self.answers != "soft":
-            raise ValueError(
-                f"answers={self.answers!r} cannot be balanced: labels lean to nothing. Use answers='soft'."
-            )
-        return balance(logits_of(model, data.x).float().softmax(dim=-1), data.y.to(data.x.device))
+        answers = logits_of(model, data.x).float().softmax(dim=-1)
+        return balance(answers, data.y.to(answers.device) if self.classes == "true" else answers.argmax(dim=-1))

@@ -72,6 +72,8 @@ def test_torchscript_and_exported_programs_need_trust(stage, tmp_path):
         warnings.simplefilter("ignore")
         torch.jit.trace(network, example).save(str(tmp_path / "a.ts"))
     shapes = ({0: torch.export.Dim("n")},)
+    for exported in (network, small):  # which else warns of weights in another memory format
+        exported.to(memory_format=torch.contiguous_format)
     torch.export.save(torch.export.export(network, (example,)), tmp_path / "fixed.pt2")
     torch.export.save(torch.export.export(small, (example,), dynamic_shapes=shapes), tmp_path / "small.pt2")
     for name, model in (("a.ts", network), ("fixed.pt2", network), ("small.pt2", small)):
@@ -83,6 +85,42 @@ def test_torchscript_and_exported_programs_need_trust(stage, tmp_path):
     (tmp_path / "b.pt2").write_bytes(b"garbage")
     with pytest.raises(MisconfigurationException, match=r"is no file of torch\.export\.save"):
         load_suspect(tmp_path / "b.pt2", None, DATA, trust_code=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "Cannot read the model's configuration"),
+        ("a: &a [x, x]\nmodel: &b [*a, *a]\n", "no `model:` section with class_path"),
+        (
+            "\n".join(["a: &a0 [x, x]", *(f"b{i}: &a{i + 1} [*a{i}, *a{i}]" for i in range(40))]),
+            "more than 100000 values",
+        ),
+        ("model: &a [*a]", "more than 100000 values"),
+        ("model: 2001-99-99", "Cannot read"),
+        ("model: !!python/object/apply:os.system [exit]", "Cannot read"),
+        ("x: " + "y" * (1 << 20), "larger than 1048576 bytes"),
+        (b"\xff\xfe", "Cannot read"),
+    ],
+)
+def test_hostile_configurations_are_refused(text, message, stage, tmp_path):
+    path = tmp_path / "theirs.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(MisconfigurationException, match=message):
+        load_suspect(stage[0], path, DATA)
+
+
+def test_a_compressed_checkpoint_is_refused(stage, tmp_path):
+    plain = stage[0] / "checkpoints" / "model.ckpt"
+    packed = tmp_path / "model.ckpt"
+    with zipfile.ZipFile(plain) as read, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as write:
+        for part in read.infolist():
+            write.writestr(part.filename, read.read(part))
+    torch.load(packed, weights_only=True)  # torch itself would unpack it, whatever its size
+    config = stage[0] / "config.yaml"
+    with pytest.raises(MisconfigurationException, match="compressed archive"):
+        load_suspect(packed, config, DATA)
+    assert torch.equal(*(load_suspect(plain, model, DATA)(X) for model in (config, None)))
 
 
 # --- functions, labels and services

@@ -1,10 +1,12 @@
 """Balanced distillation: caps by quantiles, checked by hand and by brute force, and what a student of balanced answers learns."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thief_models import Keep, patched_model, test_accuracy, thief
+from thief_models import Keep, changed, patched_model, test_accuracy, thief
 
 from meadef_lightning.detection.answer_lean import leans
 from meadef_lightning.removal.balanced_distillation import BalancedDistillation, balance
@@ -47,4 +49,20 @@ def test_a_student_learns_the_task_from_balanced_answers():
 
 def test_labels_cannot_be_balanced():
     with pytest.raises(ValueError, match="answers='hard' cannot be balanced"):
-        BalancedDistillation(answers="hard").scrub(patched_model(), thief(), Keep(1), 0)
+        BalancedDistillation(answers="hard")
+    with pytest.raises(ValueError, match="classes='none'"):
+        BalancedDistillation(classes="none")
+
+
+def test_without_labels_classes_are_the_answered_ones():
+    """On images whose labels are all wrong, the balance of answered classes is the same, and that of labels is not."""
+    data = thief()
+    wrong = dataclasses.replace(data, y=data.y.roll(1))
+    students = [Keep(1) for _ in range(4)]
+    settings_ = [("answered", data), ("answered", wrong), ("true", data), ("true", wrong)]
+    for keep, (classes, images) in zip(students, settings_, strict=True):
+        BalancedDistillation(classes, epochs=1).scrub(patched_model(), images, keep, 0)
+    answered, same, true, other = (keep.models[0] for keep in students)
+    assert not changed(answered, same)
+    assert changed(true, other)
+    assert changed(answered, true)
