@@ -96,7 +96,7 @@ def magnitude_prune(model: nn.Module, sparsity: float, scope: Scope = "layer") -
     weights: list[Tensor] = [layer.weight for layer in weighted_layers(pruned)]
     rule: Any = prune.L1Unstructured(float(sparsity))  # torch does not type it; an integer 1 would mean a single weight
     if scope == "layer":
-        kept = [rule.prune(weight) for weight in weights]
+        kept = [rule.prune(weight.contiguous()) for weight in weights]  # torch cannot rank another memory format
     else:
         together = rule.prune(torch.cat([weight.flatten() for weight in weights]))
         kept = list(torch.split(together, [weight.numel() for weight in weights]))

@@ -170,3 +170,11 @@ def test_bad_input():
         with pytest.raises(ValueError, match="each larger than the one before"):
             MagnitudePruning(bad)
     assert growing("scales", [0.5, 7]) == (0.5, 7)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_memory_format_of_weights_does_not_matter(scope):
+    model = network()
+    again = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    for plain, other in zip(weights(magnitude_prune(model, 0.5, scope)), weights(magnitude_prune(again, 0.5, scope)), strict=True):  # fmt: skip
+        assert torch.equal(plain, other)
