@@ -94,7 +94,7 @@ class AnswerLean(ModelDetector):
         frozen = without_training(model)
         with torch.no_grad():
             answers = torch.cat(
-                [frozen(part.to(device)).float().softmax(dim=-1).cpu() for part in data.x.split(self.batch_size)]
+                [frozen(part.to(device)).float().softmax(dim=-1).cpu() for part in torch.split(data.x, self.batch_size)]
             )
         pairs = joint_leans(leans(answers, data.y.cpu()))
         classes = pairs.amax(dim=(0, 1))

@@ -1,5 +1,6 @@
 """Every YAML in experiments/ runs."""
 
+import itertools
 import json
 
 import pytest
@@ -11,7 +12,12 @@ from meadef_lightning.cli import main
 PAPER = ("fashion_mnist/supervised.yaml", "overlays/paper_size.yaml", "overlays/paper.yaml")
 
 ROBUSTNESS = ("digits/robustness.yaml", "fashion_mnist/robustness.yaml")
-SELF_SUPERVISED = ("digits/simclr.yaml", "fashion_mnist/simclr.yaml", "cifar10/simclr.yaml")
+SELF_SUPERVISED = (
+    ("digits/simclr.yaml",),
+    ("fashion_mnist/simclr.yaml",),
+    ("fashion_mnist/simclr.yaml", "overlays/paper_size_simclr.yaml"),
+    ("cifar10/simclr.yaml",),
+)
 
 
 def run(config, tmp_path):
@@ -28,7 +34,7 @@ def test_no_yaml_is_forgotten():
         "cifar10/supervised.yaml",
         "cifar10/small.yaml",
         *ROBUSTNESS,
-        *SELF_SUPERVISED,
+        *itertools.chain(*SELF_SUPERVISED),
         "overlays/watermark.yaml",
         *PAPER,
     }
@@ -73,7 +79,7 @@ def test_every_removal_and_every_search(tmp_path, capsys):
     for i, acting in enumerate(config["removal"] + config["detection"]):
         acting["of"] = [("victim", "soft", "patched")[i % 3]]
     report = run(config, tmp_path)
-    assert len(report["removal"]) == len(config["removal"]) == 18
+    assert len(report["removal"]) == len(config["removal"]) == 20
     assert all(len(row["curve"]) >= 2 for row in report["removal"])
     scrubbed = {row["name"] for row in report["suspects"] if row["kind"] == "removed"}
     assert scrubbed == {row["name"] for row in report["removal"] if row["target"] != "patched"}
@@ -108,11 +114,11 @@ def test_the_attacks_on_fashion_mnist_go_on_top_of_the_supervised_experiment(tmp
     assert [row["target"] for row in report["removal"]] == ["victim", "soft", "patched"]
 
 
-@pytest.mark.parametrize("file", SELF_SUPERVISED)
-def test_self_supervised(file, tmp_path):
-    config = merged(file)
+@pytest.mark.parametrize("files", SELF_SUPERVISED, ids=lambda files: files[-1])
+def test_self_supervised(files, tmp_path):
+    config = merged(*files)
     data = {}
-    if "digits" not in file:
+    if "digits" not in files[0]:
         data = {"root": str(fake_fashion_mnist(tmp_path / "data")), "download": False}
         config["data"]["class_path"] = "meadef_lightning.data.FashionMNISTDataModule"
         for view in (config["victim"]["model"]["init_args"]["views"]["init_args"]["view"]["init_args"],):
