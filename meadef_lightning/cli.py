@@ -18,8 +18,8 @@ the whole story
   demo       run the embedded experiment on handwritten digits: watermark, steal, judge (minutes, no download)
   run        run an experiment YAML, or what is left of it: meadef run experiments/fashion_mnist/supervised.yaml
   verify     judge one suspect model with a watermark key
-             (all three log to Weights & Biases, too, with --wandb: offline unless WANDB_MODE=online)
   grid       run every cell of a grid of experiments, list them with their cost, merge their results
+             (all four log to Weights & Biases, too, with --wandb: offline unless WANDB_MODE=online)
   key        draw a key from a secret, show what is public of it, commit to it before training
   evidence   bundle a verdict for a judge, and check such a bundle offline or with other images
   serve      put a model behind HTTP, with API keys, budgets and a policy; HTTPOracle(URL) asks it
@@ -65,7 +65,11 @@ def _run(arguments: list[str], files: Sequence[str] = (), program: str = "meadef
         usage=f"{program} {'' if files else 'EXPERIMENT.yaml [MORE.yaml ...] '}[--output DIR] [--OPTION VALUE ...]",
         description="Runs an experiment: trains the victim and its clean twin, steals it, trains independent models, judges all of "
         "them, writes report.json, report.html and summary.csv. Finished stages are skipped, interrupted ones resumed. Later "
-        "files and options override earlier ones, e.g. --victim.trainer.max_epochs 5 --seeds [0,1,2].",
+        "files and options override earlier ones, e.g. --victim.trainer.max_epochs 5 --seeds [0,1,2]. --trainer.OPTION is for the Trainer "
+        f"of every stage: {program} … --trainer.accelerator gpu --trainer.devices 2 --trainer.strategy ddp. Or let torchrun start the "
+        f"processes, and all are used: torchrun --nproc-per-node 2 -m meadef_lightning {program.split()[-1]} …; on two machines, which "
+        "must share the output directory, on each: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "
+        f"FIRST_HOST:29500 -m meadef_lightning {program.split()[-1]} …. batch_size is that of one process; rank zero writes the results.",
     )
     parser.add_argument("--output", type=str, help="Directory of the results (default: runs/EXPERIMENT).")
     Tracking.add_arguments(parser)
@@ -117,9 +121,12 @@ def _verify(arguments: list[str]) -> None:
 
 
 def _grid(arguments: list[str]) -> None:
+    from meadef_lightning.experiment.grid_options import parse
+
+    options = parse(arguments)
     from meadef_lightning.experiment.grid_run import grid_command
 
-    grid_command(arguments)
+    grid_command(options)
 
 
 def _key(arguments: list[str]) -> None:
@@ -177,19 +184,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(
             f"meadef: there is no command {command!r}; it is one of {', '.join([*_COMMANDS, 'fit', 'validate', 'test', 'predict'])}."
         )
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    from meadef_lightning.oracle import BudgetExceededError, LedgerError
-
     try:
         handler(passed)
-    except (MisconfigurationException, BudgetExceededError, LedgerError, ValueError, OSError) as error:
-        if os.environ.get("MEADEF_DEBUG"):
-            raise
-        sys.exit(f"meadef {command}: {error}")
     except KeyboardInterrupt:
         sys.stderr.write(f"\nmeadef {command}: interrupted; the same command goes on from here.\n")
         sys.exit(130)
+    except Exception as error:
+        _explain(command, error)
+        raise
+
+
+def _explain(command: str, error: Exception) -> None:
+    """Ends the program with a message if it is all that a user needs of an error, and does nothing for others."""
+    # not before there is an error, so that no command imports more than it needs
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from meadef_lightning.oracle import BudgetExceededError, LedgerError
+    from meadef_lightning.processes import ProcessFailedError, rank
+
+    ours = (MisconfigurationException, BudgetExceededError, LedgerError, ProcessFailedError, ValueError, OSError)
+    if isinstance(error, ours) and not os.environ.get("MEADEF_DEBUG"):
+        sys.exit(f"meadef {command}{f' (process {rank()})' if rank() else ''}: {error}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from meadef_lightning.experiments.benchmarks.calibration_page import draw_figure, markdown
 from scipy import stats
 from torch import Tensor, nn
 
@@ -44,7 +45,6 @@ from meadef_lightning.experiment.artifacts import (
     write_json_atomic,
     write_text_atomic,
 )
-from meadef_lightning.experiment.figures import BLUE, GREY, VERMILION, house_style, new_figure, save
 from meadef_lightning.verification import Verdict, decoy_statistics, judge
 from meadef_lightning.verification.answers import AnswerTable, ask_everything, supported_keys
 from meadef_lightning.verification.statistics import clopper_pearson_upper, wilson_interval
@@ -235,93 +235,6 @@ def power(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Writes the study as a page."""
-    lines = [
-        f"{result['models']} independent models of {len(ARCHITECTURES)} architectures, accuracy {result['accuracy']['mean']:.1%} on "
-        f"average and {result['accuracy']['smallest']:.1%} at least; alpha = {ALPHA:g}, {result['samples']} triggers, {result['keys']} shared keys.",
-        "",
-        "| decoy test | own keys: false claims | 95 % bound | shared keys: false claims | all keys: mean rate | worst model | worst key accuses | KS D | KS p |",
-        "|---" * 9 + "|",
-    ]
-    for mode, row in result["tests"].items():
-        own, shared, every = row["own"], row.get("shared"), row.get("every")
-        lines.append(
-            f"| {mode} | {own['supported']}/{own['trials']} | {own['upper']:.2%} | "
-            + (f"{shared['supported']}/{shared['trials']} | " if shared else "- | ")
-            + (
-                f"{every['mean_rate']:.5f} | {every['largest_rate_of_a_model']:.5f} | {every['largest_share_one_key_accuses']:.1%} of models"
-                if every
-                else "- | - | -"
-            )
-            + f" | {row['uniformity']['ks']:.3f} | {row['uniformity']['ks_p']:.2f} |"
-        )
-    wsr = result["wsr"]
-    lines += [
-        "",
-        f"WSR of independent models over all keys: mean {wsr['mean']:.1%}, 99 % quantile {wsr['q99']:.1%}, largest {wsr['largest']:.1%}. Above "
-        f"{PAPER_THRESHOLD:.0%}: {wsr['above_paper_threshold']:.2%} of models x keys; {wsr['keys_above_in_a_model']:.1%} of the keys in at least "
-        f"one model, {wsr['keys_above_in_half']:.1%} in half of the models.",
-    ]
-    if result["power"]:
-        lines += ["", "| thefts | supported | 95 % interval | mean WSR |", "|---" * 4 + "|"]
-        for name, row in result["power"].items():
-            low, high = row["ci"]
-            lines.append(
-                f"| {name} | {row['supported']}/{row['thefts']} | {low:.2f} to {high:.2f} | {row['mean_wsr']:.1%} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def draw_figure(result: dict[str, Any], rates: Tensor, stolen: Sequence[float], path: Path) -> None:
-    """Draws the p-values against the uniform distribution, and the WSR of independent models and of thefts."""
-    with house_style():
-        figure = new_figure(8.0, 3.6)
-        left, right = figure.subplots(1, 2)
-        models = result["models"]
-        grid = np.arange(1, models + 1) / models
-        band = float(stats.kstwo.ppf(0.95, models))
-        line = np.linspace(0, 1, 50)
-        left.fill_between(
-            line, np.clip(line - band, 0, 1), np.clip(line + band, 0, 1), color="#E3E6EA", label="95 % band (KS)"
-        )
-        for (mode, row), colour in zip(result["tests"].items(), (BLUE, VERMILION, GREY), strict=False):
-            left.step(
-                np.sort(row["uniformity"]["p"]),
-                grid,
-                color=colour,
-                where="post",
-                label=f"{mode}, KS p = {row['uniformity']['ks_p']:.2f}",
-            )
-        left.set(
-            xlabel="p-value (ties at random)", ylabel="share of models", title=f"{models} models, a drawn key for each"
-        )
-        left.legend(loc="upper left", fontsize=7)
-        edges = np.linspace(0, 1, 33)  # so that the usual numbers of samples fall evenly
-        weights = np.full(rates.numel(), 1 / rates.numel())
-        right.hist(
-            rates.flatten().numpy(),
-            edges,
-            weights=weights,
-            color=BLUE,
-            label=f"{models} models x {rates.shape[1]} keys",
-        )
-        if stolen:
-            right.hist(
-                stolen, edges, weights=np.full(len(stolen), 1 / len(stolen)), histtype="step", color=VERMILION,
-                label=f"{len(stolen)} thefts",
-            )  # fmt: skip
-        right.axvline(
-            PAPER_THRESHOLD, color="#222222", linestyle=(0, (4, 3)), linewidth=1, label="the paper's fixed 30 %"
-        )
-        right.set(
-            yscale="log", xlabel="WSR", ylabel="share", title="WSR of independent models" + " and thefts" * bool(stolen)
-        )
-        right.yaxis.set_major_formatter("{x:g}")
-        right.legend(loc="upper right", fontsize=7)
-    save(figure, path)
-
-
 def study(data: SplitDataModule, models: int, keys: int, samples: int, runs: Sequence[Path], output: Path) -> dict[str, Any]:  # fmt: skip
     """Runs the study, or what is left of it, and writes its files."""
     if models < 2 or keys < 1:
@@ -387,7 +300,7 @@ def study(data: SplitDataModule, models: int, keys: int, samples: int, runs: Seq
     writer.writerows(listed)
     write_text_atomic(output / "calibration.csv", text.getvalue())
     write_json_atomic(output / "calibration.json", json.loads(json.dumps(result)))
-    write_text_atomic(output / "calibration.md", markdown(result))
+    write_text_atomic(output / "calibration.md", markdown(result, len(ARCHITECTURES)))
     draw_figure(result, rates, [row["wsr"] for row in rows], output / "calibration.png")
     return result
 
@@ -409,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     data = parser.instantiate(options).data
     result = study(data, options.models, options["keys"], options.samples, options.runs, options.output)
-    print(markdown(result))
+    print(markdown(result, len(ARCHITECTURES)))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,12 @@ Independent suspects, the accuser's surrogates (one of each architecture) and th
 calibration study. Every attack of :mod:`meadef_lightning.verification.false_claims` and
 :mod:`meadef_lightning.verification.crafted_sources` then accuses every suspect, without a reference
 model and above the judge's. Images that the accuser crafts come from the attacker split, the judge's own from the verification split.
-Each row of the table is written when it is done, so an interrupted study goes on where it stopped. Written: ``false_claims.json``,
-``false_claims.md``.
+Each row of the table is written when it is done, so an interrupted study goes on where it stopped; ``--only`` measures single rows. Written:
+``false_claims.json``, ``false_claims.md``.
+
+A key that its file calls picked by hand is *inconclusive* at most, so that attack can only waste the judge's time. One whose file claims a draw is
+believed here: these rows measure the statistic alone. What stops it is ``meadef key check``, which repeats the draw from the owner's secret
+and beacon, and a commitment to both from before, which stops whoever grinds until some secret gives the key that he wants.
 """
 
 from __future__ import annotations
@@ -142,7 +146,7 @@ def grinding(study: Study, secrets: int, before: bool, correct: bool = False) ->
 
 
 def hand_picked(study: Study, forged: bool) -> Row:
-    """Picks the best key of the space for the suspect; ``forged`` lets its file say that it was drawn."""
+    """Picks the best key of the space for the suspect; ``forged`` lets its file say that it was drawn, and nobody repeats the draw."""
     verdicts: Both = {"without": [], "above": []}
     for index in study.suspects:
         table = study.table(index)
@@ -195,8 +199,9 @@ def rows_of(study: Study, keys: int) -> dict[str, Callable[[], Row]]:
         for secrets in GRINDING:
             rows[f"grinding {secrets} secrets {when}"] = lambda g=secrets, b=before: grinding(study, g, b)  # type: ignore[misc]
     rows["grinding 10 secrets after seeing the suspect, corrected"] = lambda: grinding(study, 10, False, True)
-    rows["hand-picked after seeing the suspect"] = lambda: hand_picked(study, False)
-    rows["hand-picked, its file claims a draw"] = lambda: hand_picked(study, True)
+    # other names than before such keys were refused a claim, so that no older number is taken for theirs
+    rows["picked by hand after seeing the suspect"] = lambda: hand_picked(study, False)
+    rows["picked by hand, claims a draw that nobody repeats"] = lambda: hand_picked(study, True)
     rows["drawn keys, accuser's natural images"] = lambda: supplied(study, None, 1)
     for epsilon in (0.1, 0.2):
         attack = AdversarialSources(epsilon)

@@ -42,6 +42,12 @@ RECIPES: dict[str, list[str]] = {
         f"{_CALLBACK}.balancing",
         "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 1.0, eva: 0.3}}",
     ],
+    "ver .1 tilt .3": [
+        f"{_CALLBACK}.tilt",
+        "0.3",
+        f"{_CALLBACK}.balancing",
+        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.1}}",
+    ],
     "com .1": [f"{_CALLBACK}.balancing", "{class_path: meadef_lightning.watermark.Fixed, init_args: {com: 0.1}}"],
 }
 SHARED = ("clean", "reference")

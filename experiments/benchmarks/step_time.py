@@ -8,15 +8,14 @@ per variant (resident set on CPU, allocator peak on CUDA). Writes ``step_time.js
 """
 
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from meadef_lightning.experiments.benchmarks.measuring import clock
+from meadef_lightning.experiments.benchmarks.measuring import peak_memory as peak_of
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
@@ -41,7 +40,7 @@ class Stopwatch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the watch, after what the device still had to do."""
         self._synchronize(pl_module)
-        self._start = time.perf_counter()
+        self._start = clock()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -49,7 +48,7 @@ class Stopwatch(Callback):
         """Stops it."""
         self._synchronize(pl_module)
         if batch_idx >= 2:
-            self.seconds.append(time.perf_counter() - self._start)
+            self.seconds.append(clock() - self._start)
 
     @staticmethod
     def _synchronize(pl_module: LightningModule) -> None:
@@ -127,16 +126,10 @@ def measure(variant: str, batch_size: int, image_size: int, steps: int) -> list[
 
 def peak_memory(variant: str, batch_size: int, image_size: int) -> float:
     """Returns the peak memory of a fresh process that trains this variant, in MiB above a process that only imports."""
-    code = (
-        "import sys, torch; from pathlib import Path; from meadef_lightning.experiments.benchmarks import step_time as s\n"
-        # not ru_maxrss, which a child inherits from its parent on Linux
-        "def resident(): return int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0]) / 2**10\n"
-        f"base = resident(); s.measure({variant!r}, {batch_size}, {image_size}, 3)\n"
-        "cuda = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0\n"
-        "sys.stdout.write(f'\\nPEAK {cuda or resident() - base}')"
+    return peak_of(
+        "from meadef_lightning.experiments.benchmarks import step_time as s",
+        f"s.measure({variant!r}, {batch_size}, {image_size}, 3)",
     )
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout  # noqa: S603
-    return float(output.rpartition("PEAK ")[2])
 
 
 def main(

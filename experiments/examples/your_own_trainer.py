@@ -56,7 +56,7 @@ def main(folder: Path = Path("runs/your_own_trainer"), epochs: int = 20) -> dict
     """Trains a model with and one without the watermark, saves the weights, and judges both.
 
     Args:
-        folder: Where key and weights go.
+        folder: Where key, weights and figure go.
         epochs: Epochs of each training.
 
     Returns:
@@ -86,9 +86,33 @@ def main(folder: Path = Path("runs/your_own_trainer"), epochs: int = 20) -> dict
             models[name].state_dict(), folder / f"{name}.pt"
         )  # weights only: a full checkpoint would show source samples
     reference = verify(models["reference"], key, data, samples=150)[1]
-    return {
+    verdicts = {
         name: verify(models[name], key, data, samples=150, reference=reference)[0] for name in ("innocent", "yours")
     }
+    draw(verdicts, folder / "verdicts.png")
+    return verdicts
+
+
+# %% [markdown]
+# ## 4. A figure
+# How often each model answers with the secret target class: for watermark samples, and for the same images combined in another way.
+# %%
+def draw(verdicts: dict[str, Verdict], path: Path) -> None:
+    """Draws the watermark success of each model, with its interval, beside that of the matched controls."""
+    from meadef_lightning.experiment.figures import BLUE, VERMILION, house_style, new_figure, save
+
+    with house_style():
+        figure = new_figure(4.2, 2.4)
+        axes = figure.subplots()
+        for place, verdict in enumerate(verdicts.values()):
+            axes.barh(place - 0.18, 100 * verdict.wsr, 0.34, color=VERMILION, label="watermark samples")
+            axes.plot([100 * bound for bound in verdict.wsr_ci], [place - 0.18] * 2, color="black")
+            axes.barh(place + 0.18, 100 * verdict.wfpr, 0.34, color=BLUE, label="matched controls")
+        axes.set(xlabel="answered with the target (%)", xlim=(0, 102), yticks=range(len(verdicts)))
+        axes.set_yticklabels([f"{name}\n{verdict.verdict}" for name, verdict in verdicts.items()])
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2)
+    save(figure, path)
 
 
 # %%

@@ -23,6 +23,8 @@ from typing import Any, Literal, NoReturn, get_args
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from meadef_lightning import processes
+
 Status = Literal["running", "done", "failed"]
 
 STAGE_FILE = "stage.json"
@@ -275,7 +277,7 @@ class Stage:
                 train(stage.directory, resume=stage.resumed)
 
     Leaving the body normally marks the stage ``done``; an exception marks it ``failed`` with its cause, Ctrl-C with
-    ``"interrupted"``, and passes on. Only rank zero writes ``stage.json``.
+    ``"interrupted"``, and passes on. Of several processes, which must all enter it, rank zero reads and writes ``stage.json``.
 
     Args:
         directory: where the stage's files are; created with its parents.
@@ -294,6 +296,7 @@ class Stage:
             repeated with other inputs.
         OutputError: on entering or leaving, if the directory cannot be written.
         ValueError: on entering, if ``stage.json`` is damaged.
+        ProcessFailedError: on leaving, if the body failed because another process did.
     """
 
     def __init__(self, directory: str | os.PathLike[str], name: str, inputs: Mapping[str, str]) -> None:
@@ -304,6 +307,11 @@ class Stage:
         self._started = 0.0
 
     def __enter__(self) -> Stage:
+        self.record, self.done, self.resumed = processes.first(self._open)
+        self._started = time.perf_counter()
+        return self
+
+    def _open(self) -> tuple[StageRecord, bool, bool]:
         make_directory(self.directory)
         earlier = StageRecord.load(self.directory)
         if earlier is not None:
@@ -317,8 +325,7 @@ class Stage:
             self.record = earlier
         else:
             self._save(self.record)
-        self._started = time.perf_counter()
-        return self
+        return self.record, self.done, self.resumed
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -329,7 +336,8 @@ class Stage:
         if error is None:
             self._save(dataclasses.replace(self.record, status="done", seconds=seconds))
             return
-        cause = INTERRUPTED if _is_interruption(error) else f"{type(error).__name__}: {error}"
+        elsewhere = processes.other_failure(error) if isinstance(error, Exception) else None
+        cause = INTERRUPTED if _is_interruption(error) else elsewhere or f"{type(error).__name__}: {error}"
         failed = dataclasses.replace(self.record, status="failed", seconds=seconds, error=cause[:_MAX_CAUSE_CHARACTERS])
         try:
             self._save(failed)
@@ -337,6 +345,8 @@ class Stage:
             rank_zero_warn(f"{unwritable} The cause of the failure follows, unrecorded.")
         if isinstance(error, OSError) and not isinstance(error, OutputError) and error.errno in _WRITE_ONLY:
             raise OutputError(self.directory, error) from error
+        if elsewhere is not None:
+            raise processes.ProcessFailedError(elsewhere) from error
 
     def _save(self, record: StageRecord) -> None:
         if is_rank_zero():

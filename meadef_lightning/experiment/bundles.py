@@ -9,15 +9,23 @@ import tempfile
 from pathlib import Path
 
 from meadef_lightning.experiment.artifacts import write_text_atomic
-from meadef_lightning.experiment.keys import add_secret, data_module, read_secret, refuse_secrets, say
+from meadef_lightning.experiment.keys import (
+    add_secret,
+    data_module,
+    read_document,
+    read_secret,
+    refuse_secrets,
+    say,
+)
 from meadef_lightning.verification.bundle import Bundle
-from meadef_lightning.verification.evidence import Evidence, EvidenceError
+from meadef_lightning.verification.commitment import repeat_draw
+from meadef_lightning.verification.evidence import Evidence
+from meadef_lightning.verification.evidence_form import EvidenceError
 from meadef_lightning.verification.signing import load_signing_key
 from meadef_lightning.verification.verdict import Verdict
 from meadef_lightning.watermark.key import WatermarkKey
 
 COMMAND = "command.txt"
-_MAX_BYTES = 1 << 20
 
 
 def evidence_command(arguments: list[str]) -> None:
@@ -66,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         help="check a bundle offline; ask the suspect again",
         description="Checks hashes, seals, signature and commitment of a bundle, and derives its verdict again from the raw answers. With "
         "--data and its options (as of meadef verify), the triggers are made again. With --suspect, too, and any other option "
-        "of meadef verify, the suspect is asked again with that data: the judge's own images.",
+        "of meadef verify, the suspect is asked again with that data: the judge's own images. With the owner secret, the key's draw is "
+        "repeated. Labels that were translated are told anew from the judge's images.",
         allow_abbrev=False,
     )
     check.add_argument("bundle", type=Path, help="Bundle directory or zip file, or a bare evidence.json.")
@@ -74,18 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--signer", help="Public key that must have signed the bundle, 64 hexadecimal digits.")
     check.add_argument("--output", type=Path, default=Path("runs/recheck"), help="Results of asking again.")
     add_secret(check)
+    check.add_argument(
+        "--beacon",
+        default="",
+        help="For a bare evidence.json: what the key was drawn with. A bundle's commitment names it.",
+    )
     return parser
-
-
-def _read(path: Path, what: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"Cannot read the {what} {path}: {error.strerror}.") from error
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"{path} is larger than {_MAX_BYTES} bytes; this is no {what}.")
-    return data
 
 
 def _bundle(options: argparse.Namespace, rest: list[str]) -> None:
@@ -96,9 +99,9 @@ def _bundle(options: argparse.Namespace, rest: list[str]) -> None:
     bundle = Bundle.make(
         evidence.read_bytes(),
         key,
-        command=_read(command, "command").decode(errors="replace").strip() if command.is_file() else "",
-        commitment=None if options.commitment is None else _read(options.commitment, "commitment"),
-        timestamp=None if options.timestamp is None else _read(options.timestamp, "time stamp"),
+        command=read_document(command, "command").decode(errors="replace").strip() if command.is_file() else "",
+        commitment=None if options.commitment is None else read_document(options.commitment, "commitment"),
+        timestamp=None if options.timestamp is None else read_document(options.timestamp, "time stamp"),
         data=data_module(rest, "meadef evidence bundle"),
         disclose_key=options.disclose_key,
         signing_key=None if options.signing_key is None else load_signing_key(options.signing_key),
@@ -118,7 +121,16 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
         evidence = Evidence.load(options.bundle)
         verdict: Verdict | None = evidence.check(key)
         notes: tuple[str, ...] = ("The seals hold, and the verdict follows from the raw answers.",)
+        if (secret := read_secret(options, ask=False)) is not None:
+            repeat_draw(key, secret, options.beacon)
+            notes += (
+                "The key is what this secret and beacon give; no commitment shows that they were not chosen to suit.",
+            )
+        if evidence.labels is not None:
+            notes += (evidence.labels.describe(),)
     else:
+        if options.beacon:
+            raise ValueError("--beacon is for a bare evidence.json; a bundle's commitment names the beacon.")
         bundle = Bundle.load(options.bundle)
         data = None if ask_again else data_module(rest, "meadef evidence check")
         findings = bundle.check(key, signer=options.signer, secret=read_secret(options, ask=False), data=data)
@@ -157,5 +169,7 @@ def _ask_again(evidence: Evidence, key: WatermarkKey, output: Path, rest: list[s
     asked = [word for name, value in numbers.items() for word in (f"--verification.{name}", str(value))]
     with tempfile.TemporaryDirectory() as folder:  # of mode 0700: the key may come from the bundle
         file = key.save(Path(folder) / "watermark.key.json")
-        arguments = ["--key", str(file), "--output", str(output), *asked, *rest]
+        # whether labels are translated is not the judge's choice to make after seeing the verdict
+        aligned = [] if evidence.labels is None else ["--align_labels"]
+        arguments = ["--key", str(file), "--output", str(output), *asked, *aligned, *rest]
         return judge_suspect(verify_parser(prog="meadef evidence check").parse_args(arguments))

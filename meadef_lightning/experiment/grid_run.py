@@ -44,35 +44,6 @@ _PATIENCE = 30.0
 """Seconds that an interrupted cell gets to put its stage in order."""
 
 
-def grid_parser(prog: str = "meadef grid") -> argparse.ArgumentParser:
-    """Makes the parser of ``meadef grid``; what follows ``--`` is not for it."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=f"{prog} GRID.yaml [--dry-run | --merge] [--output DIR] [--only CELL ...] [-- OPTIONS OF meadef run]",
-        description="Runs every cell of a grid, or what is left of it: one `meadef run` each. Cells that are done are skipped, interrupted "
-        "ones resumed; one that fails is reported, and the others go on. At the end results are merged into grid.csv, grid.md and "
-        "grid.png. What follows `--` is handed to every `meadef run`, for options that do not change the experiment, e.g. `-- --wandb`.",
-    )
-    parser.add_argument("grid", metavar="GRID.yaml", help="The grid, e.g. experiments/digits/grid.yaml.")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="Train nothing: check all cells, write their cell.yaml and commands.txt, list them with an estimate of their cost.",
-    )
-    mode.add_argument("--merge", action="store_true", help="Train nothing: merge the cells that are done.")
-    parser.add_argument("--output", type=Path, help="Directory of the results (default: runs/GRID).")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="CELL",
-        help="Only these cells: names, patterns ('cifar10-*') or numbers as in the list.",
-    )
-    return parser
-
-
 @dataclass
 class Plan:
     """A grid with the place of its results.
@@ -247,30 +218,27 @@ def _total(values: Iterable[float]) -> float:
     return float(sum(values, 0.0))
 
 
-def grid_command(arguments: Sequence[str]) -> None:
+def grid_command(options: argparse.Namespace) -> None:
     """Runs ``meadef grid``.
 
     Args:
-        arguments: What follows ``grid`` on the command line.
+        options: What `grid_options.parse` made of the command line.
 
     Raises:
         SystemExit: With 1 if a cell failed.
         MisconfigurationException: If the grid or a cell is not valid.
     """
-    arguments = list(arguments)
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parsed = grid_parser().parse_args(arguments[:cut])
-    grid = read_grid(parsed.grid)
-    plan = Plan(grid, parsed.output or Path("runs") / grid.name, arguments[cut + 1 :])
-    cells = grid.select(parsed.only)
+    grid = read_grid(options.grid)
+    plan = Plan(grid, options.output or Path("runs") / grid.name, options.run_options)
+    cells = grid.select(options.only)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if parsed.merge:
+    if options.merge:
         _merge(plan, console)
         return
     plan.prepare(cells)
-    if parsed.dry_run:
+    if options.dry_run:
         console.print(plan.table(cells))
-        again = shlex.join(["meadef", "grid", parsed.grid, "--merge", "--output", str(plan.output)])
+        again = shlex.join(["meadef", "grid", options.grid, "--merge", "--output", str(plan.output)])
         console.print(
             f"Commands, one a line: {plan.output / COMMANDS_FILE}; when they are done: {again}", soft_wrap=True
         )

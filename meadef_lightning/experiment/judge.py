@@ -21,7 +21,7 @@ from meadef_lightning.oracle import BlackBox
 from meadef_lightning.quiet import quiet
 from meadef_lightning.verification import Verdict, verify
 from meadef_lightning.verification.callback import Queryable
-from meadef_lightning.verification.labels import RelabelledModule, relabelled
+from meadef_lightning.verification.relabelling import RelabelledModule, relabelled
 from meadef_lightning.watermark import WatermarkKey
 
 if TYPE_CHECKING:
@@ -72,9 +72,10 @@ def verify_parser(**kwargs: Any) -> ArgumentParser:
     )
     parser.add_argument(
         "--reference",
+        action="append",
         type=str,
         help="A model trained without regard to the key (a file, described by the config.yaml beside it or else by --model); every key is "
-        "compared above what it answers, which makes the test more powerful.",
+        "compared above what it answers, which makes the test more powerful. Repeat it for several: the mean of theirs is taken.",
     )
     parser.add_subclass_arguments(SplitDataModule, "data", required=True)
     parser.add_class_arguments(VerificationSpec, "verification")
@@ -136,19 +137,19 @@ def judge_suspect(options: Namespace) -> Verdict:
                 device="cuda" if torch.cuda.is_available() else "cpu",
             )
             write_json_atomic(output / "labels.json", labels.to_dict())
-        reference = None
-        if options.reference:
-            path = Path(options.reference)
+        references = []
+        given = options.reference or []
+        for path in map(Path, [given] if isinstance(given, str) else given):  # a YAML may name a single one
             described = None if describes_itself(path) else model
             known = load_suspect(path, described, data, trust_code=options.trust_code)
             if labels is not None and labels.merged:
                 known = RelabelledModule(known, labels.coarsening())
-            _, reference = verify(known, key, data, progress_bar=True, **settings)
+            references.append(verify(known, key, data, progress_bar=True, **settings)[1])
         verdict, responses = verify(
             suspect,
             key,
             data,
-            reference=reference,
+            reference=references or None,
             evidence_path=output / "evidence.json",
             progress_bar=True,
             **settings,

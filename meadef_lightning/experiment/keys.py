@@ -1,4 +1,4 @@
-"""``meadef key``: draw a key from an owner secret, show what is public of it, commit to it before training.
+"""``meadef key``: draw a key from an owner secret, show what is public of it, commit to it before training, repeat its draw.
 
 A secret never stands on a command line, where the shell's history and every process list would show it; it comes from an environment
 variable, a file that only its owner can read, or the terminal. No message repeats what was typed in its place.
@@ -15,10 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meadef_lightning.data.stored import read_split
 from meadef_lightning.experiment.artifacts import file_sha256, make_directory, write_bytes_atomic
-from meadef_lightning.verification.commitment import Commitment, secret_commitment, timestamp_request
+from meadef_lightning.verification.commitment import Commitment, repeat_draw, secret_commitment, timestamp_request
 from meadef_lightning.verification.evidence import tensors_fingerprint
-from meadef_lightning.verification.signing import load_signing_key, make_signing_key, read_private
+from meadef_lightning.verification.signing import (
+    MAX_DOCUMENT_BYTES,
+    load_signing_key,
+    make_signing_key,
+    read_private,
+)
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
 
 if TYPE_CHECKING:
@@ -43,7 +49,7 @@ def key_command(arguments: list[str]) -> None:
     if rest and options.action != "commit":
         # not repeated: it may be a secret, typed in the wrong place
         raise ValueError(f"meadef key {options.action} does not know {len(rest)} of these words; see --help.")
-    actions = {"draw": _draw, "show": _show, "sign-key": _sign_key}
+    actions = {"draw": _draw, "show": _show, "check": _check, "sign-key": _sign_key}
     if options.action == "commit":
         _commit(options, rest)
     else:
@@ -80,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     show = actions.add_parser("show", help="show what is public of a key", allow_abbrev=False)
     show.add_argument("key", type=Path, help="Key file.")
     show.add_argument("--reveal", action="store_true", help="Show its classes and its way of combining, too.")
+
+    check = actions.add_parser(
+        "check",
+        help="repeat a key's draw from its secret and beacon",
+        description="Draws again from the owner secret and the beacon and compares: a key file only says that it was drawn. With "
+        "--commitment, key and secret must be the committed ones, and the beacon is the one that it names.",
+        allow_abbrev=False,
+    )
+    check.add_argument("key", type=Path, help="Key file.")
+    add_secret(check)
+    how = check.add_mutually_exclusive_group()
+    how.add_argument("--beacon", default="", help="Public random value that the key was drawn with.")
+    how.add_argument("--commitment", type=Path, help="Commitment file of meadef key commit.")
 
     commit = actions.add_parser(
         "commit",
@@ -148,6 +167,26 @@ def read_secret(options: argparse.Namespace, ask: bool) -> bytes | None:
     return secret
 
 
+def read_document(path: Path, what: str) -> bytes:
+    """Reads a small public file, which may come from anybody.
+
+    Args:
+        path: The file.
+        what: What messages call it.
+
+    Raises:
+        ValueError: If it is missing or too large.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_DOCUMENT_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"Cannot read the {what} {path}: {error.strerror}.") from error
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes; this is no {what}.")
+    return data
+
+
 def data_module(arguments: list[str], program: str) -> SplitDataModule | None:
     """Builds the data module that ``--data`` and its options name, if they are there.
 
@@ -181,7 +220,7 @@ def _refuse_overwriting(path: Path) -> None:
 
 def _facts(key: WatermarkKey) -> list[str]:
     space = KeySpace(key.num_classes, key.space)
-    how = "drawn uniformly" if key.drawn_uniformly else "picked by hand: p-values are not exact"
+    how = "drawn uniformly, by its own account" if key.drawn_uniformly else "picked by hand: inconclusive at most"
     return [
         f"commitment         {key.commitment()}",
         f"classes            {key.num_classes}",
@@ -221,6 +260,24 @@ def _show(options: argparse.Namespace) -> None:
         )
 
 
+def _check(options: argparse.Namespace) -> None:
+    key = WatermarkKey.load(options.key)
+    commitment = None
+    if options.commitment is not None:
+        commitment = Commitment.parse(read_document(options.commitment, "commitment"), str(options.commitment))
+        commitment.check(key)
+    secret = read_secret(options, ask=True) or b""
+    if commitment is None:
+        repeat_draw(key, secret, options.beacon)
+        say(
+            "The key is what this secret and beacon give.",
+            "That does not tell how many secrets were tried: for this, give a --commitment to the secret from before the beacon.",
+        )
+    else:
+        commitment.check_draw(key, secret)
+        say(f"The key is what the secret and beacon give that were committed to at {commitment.created}.")
+
+
 def _commit(options: argparse.Namespace, rest: list[str]) -> None:
     request = options.output.with_suffix(".tsq")
     for path in (options.output, request):
@@ -238,7 +295,7 @@ def _commit(options: argparse.Namespace, rest: list[str]) -> None:
         model=None if options.model is None else (options.model.name, file_sha256(options.model)),
         data=None
         if data is None
-        else {split: tensors_fingerprint(*data.tensors(split)) for split in ("verification", "test")},
+        else {split: tensors_fingerprint(*read_split(data, split)) for split in ("verification", "test")},
         signing_key=signing_key,
     )
     make_directory(options.output.parent)

@@ -19,10 +19,12 @@ from meadef_lightning.experiment.spec import (
     IndependentSpec,
     PatchedSpec,
     RemovalSpec,
+    TrainerOptions,
     VerificationSpec,
     VictimSpec,
     WatermarkSpec,
 )
+from meadef_lightning.processes import started_from_outside
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -50,6 +52,13 @@ def experiment_parser(**kwargs: Any) -> ArgumentParser:
     )
     parser.add_argument("--detection", type=list[DetectionSpec], default=[], help="Searches for a watermark.")
     parser.add_class_arguments(VerificationSpec, "verification")
+    parser.add_argument(
+        "--trainer",
+        type=TrainerOptions,
+        default={},
+        help="Arguments of the Trainer of every stage, over what the stage says: --trainer.accelerator gpu, --trainer.devices 2, "
+        "--trainer.strategy ddp (or fsdp2), --trainer.num_nodes 2.",
+    )
     return parser
 
 
@@ -68,6 +77,12 @@ class Experiment:
         self._parser, self._config = parser, config.clone()
         self._config.pop("config", None)
         self._config.extraction = [cell for attack in self._config.extraction for cell in _cells(attack)]
+        for stage in (
+            self._config.victim, self._config.patched, *self._config.extraction, *(self._config.independent or [])
+        ):  # fmt: skip
+            # what torchrun started is used, unless the stage says what to use
+            outside = {} if "devices" in stage.trainer else started_from_outside()
+            stage.trainer = {**outside, **stage.trainer, **self._config.trainer}
         spec = self.build()
         thefts = [attack.name for attack in spec.extraction]
         check_names("Attacks and controls", thefts + [control.name for control in spec.independent])
@@ -90,6 +105,7 @@ class Experiment:
                 f"seeds={spec.seeds} must be different integers of at least 0, at least one."
             )
         self.name, self.seeds = spec.experiment, spec.seeds
+        self._text: str | None = None
 
     def build(self) -> ExperimentSpec:
         """Instantiates everything anew, on CPU, without touching torch's random state."""
@@ -108,8 +124,9 @@ class Experiment:
 
     def yaml(self) -> str:
         """Returns the whole configuration as YAML that runs again."""
-        text: str = self._parser.dump(self._config, skip_unset=False)
-        return text
+        if self._text is None:  # once: it takes longer than parsing
+            self._text = str(self._parser.dump(self._config, skip_unset=False))
+        return self._text
 
     def hash_of(self, *parts: Any) -> str:
         """Returns a digest of configuration parts, for a stage's inputs."""

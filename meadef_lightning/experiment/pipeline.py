@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from meadef_lightning import processes
 from meadef_lightning.detection.base import ModelDetector
 from meadef_lightning.experiment.artifacts import is_rank_zero, make_directory, read_json, write_text_atomic
 from meadef_lightning.experiment.gallery import experiment_figures, robustness_figures
 from meadef_lightning.experiment.load import Experiment
+from meadef_lightning.experiment.lock import locked
 from meadef_lightning.experiment.render import ReportExtras, write_report
 from meadef_lightning.experiment.report import Report
 from meadef_lightning.experiment.robustness import Finding, Robustness, detection_rows
@@ -24,6 +28,9 @@ from meadef_lightning.experiment.tracking import Tracking
 def run(experiment: Experiment, output: Path, command: str = "", tracking: Tracking | None = None) -> Report:
     """Runs an experiment, or what is left of it, and writes its report.
 
+    Where the victim's Trainer wants several processes, all of them run it: those that ``torchrun`` or a scheduler started, or that
+    Lightning starts here by running the program's command again.
+
     Args:
         experiment: What to run.
         output: The experiment's directory, e.g. ``runs/digits``.
@@ -34,13 +41,30 @@ def run(experiment: Experiment, output: Path, command: str = "", tracking: Track
         The report, as written to ``report.json``, ``report.html`` and ``summary.csv``.
 
     Raises:
-        MisconfigurationException: If the directory holds results of another configuration, or the specification does not
-            fit the data; nothing that is there is overwritten.
+        MisconfigurationException: If the directory holds results of another configuration, another run is at work in it, processes do
+            not share it, or the specification does not fit the data; nothing that is there is overwritten.
+        ProcessFailedError: If another process failed, and this one could not go on without it.
     """
-    output = make_directory(output)
+
+    def locally() -> Report:
+        if is_rank_zero():
+            make_directory(output)
+        with locked(output):
+            processes.meet()
+            if not output.is_dir():
+                raise MisconfigurationException(
+                    f"{output.absolute()}, where rank zero writes, is not seen by process {processes.rank()}. Choose a directory with "
+                    "--output that all machines share."
+                )
+            return _run(experiment, output, command, tracking or Tracking())
+
+    return processes.launch(experiment.config("victim.trainer"), locally)
+
+
+def _run(experiment: Experiment, output: Path, command: str, tracking: Tracking) -> Report:
     many = len(experiment.seeds) > 1
     config = yaml.safe_load(experiment.yaml())
-    tracker = (tracking or Tracking()).tracker(output, experiment.name, config, many)
+    tracker = tracking.tracker(output, experiment.name, config, many)
     runs = [
         SeedRun(experiment, output / f"seed-{seed}" if many else output, seed, tracker) for seed in experiment.seeds
     ]
@@ -48,12 +72,15 @@ def run(experiment: Experiment, output: Path, command: str = "", tracking: Track
     found = Found()
     fights = [_run_seed(seed_run, found, progress) for seed_run in runs]
     report = _report(experiment, runs, found)
-    if is_rank_zero():
+
+    def write() -> None:
         write_text_atomic(output / "config.yaml", experiment.yaml())
         figures = experiment_figures(runs[0], found.rows, output / "figures")
         figures += robustness_figures(fights[0], found.removal, output / "figures")
         write_report(report, output, figures, _extras(experiment, runs, output, command))
         tracker.report(report, figures, output, runs[0].key)
+
+    processes.first(write)
     return report
 
 
@@ -107,13 +134,14 @@ def _run_seed(run: SeedRun, found: Found, progress: Progress) -> Robustness:
     fight = Robustness(run, made)
     for name, index, of in fight.removals():
         progress.announce(name, run.seed)
-        path, scrubbed = fight.remove(name, index, of)
+        # made by rank zero, read by all
+        path, scrubbed = processes.in_turn(partial(fight.remove, name, index, of))
         found.removal.append(replace(path, name=named(name)))
         if scrubbed is not None:
             found.rows.append(replace(run.judge(scrubbed), name=named(name)))
     for name, index, of in fight.searches():
         progress.announce(name, run.seed)
-        found.searches.append(fight.search(name, index, of))
+        found.searches.append(processes.in_turn(partial(fight.search, name, index, of)))
     found.clean = fight.clean
     return fight
 

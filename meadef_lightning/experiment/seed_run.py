@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from meadef_lightning import processes
 from meadef_lightning.experiment.artifacts import Stage, is_rank_zero, read_json, write_json_atomic
 from meadef_lightning.experiment.gallery import verdict_figure
 from meadef_lightning.experiment.load import Experiment
@@ -69,7 +70,7 @@ class SeedRun:
         self.experiment, self.root, self.seed, self.tracker = experiment, root, seed, tracker or Tracker()
         self.spec = self.fresh()
         self.data = self.spec.data
-        self.data.prepare_data()
+        processes.on_each_node(self.data.prepare_data)
         self.data.setup()
         self.key = self._key()
         self.base = {
@@ -258,13 +259,20 @@ class SeedRun:
     def reference_answers(self) -> Responses:
         """The reference model's answers to the verifier's questions: what composites look like to a model without the key."""
         model = self._classifier(self.load_victim("reference"))
-        return verify(model, self.key, self.data, **asdict(self.spec.verification))[1]
+        return verify(model, self.key, self.data, **self._devices(), **asdict(self.spec.verification))[1]
 
     @cached_property
     def reference_features(self) -> FeatureAnswers:
         """The same in features, where the victim is an encoder."""
         settings = {name: value for name, value in asdict(self.spec.verification).items() if name != "alpha"}
         return feature_answers(self.load_victim("reference"), VerificationDataModule(self.key, self.data, **settings))
+
+    def _devices(self) -> TrainerOptions:
+        """Where verification runs: on what trained the victim; with several processes, each asks its share of the samples."""
+        options = self.spec.victim.trainer
+        where = {name: options[name] for name in processes.DEVICE_OPTIONS if name in options}
+        # nothing is trained, so there is nothing to shard
+        return {**where, "strategy": "ddp" if processes.count() > 1 else "auto"}
 
     def judge(self, suspect: Suspect) -> SuspectRow:
         """Verifies one suspect in a stage of its own, with evidence and a figure of the decoys."""
@@ -283,12 +291,6 @@ class SeedRun:
             if not stage.done:
                 loaded = self.load_model(suspect)
                 model = self._classifier(loaded)
-                result: dict[str, Any] = {}
-                if isinstance(loaded, Encoder):
-                    # what an owner sees who gets features and no classes
-                    result["features"] = feature_verdict(
-                        loaded, self.key, self.data, self.reference_features, **asdict(options)
-                    ).to_dict()
                 with quiet():
                     verdict, responses = verify(
                         model,
@@ -296,14 +298,24 @@ class SeedRun:
                         self.data,
                         reference=self.reference_answers,
                         evidence_path=directory / "evidence.json",
+                        **self._devices(),
                         **asdict(options),
                     )
-                fidelity = Fidelity()(responses.natural, self.victim_answers)
-                if is_rank_zero():
+
+                def write() -> None:
+                    result: dict[str, Any] = {}
+                    if isinstance(loaded, Encoder):
+                        # what an owner sees who gets features and no classes
+                        result["features"] = feature_verdict(
+                            loaded, self.key, self.data, self.reference_features, **asdict(options)
+                        ).to_dict()
+                    fidelity = Fidelity()(responses.natural, self.victim_answers)
                     verdict_figure(responses, verdict, self.key, suspect.name, directory / "figures")
                     result |= {"verdict": verdict.to_dict(), "fidelity": float(fidelity)}
                     write_json_atomic(directory / RESULT, result)
-        result = read_json(directory / RESULT)
+
+                processes.first(write)
+        result = processes.first(lambda: read_json(directory / RESULT))
         verdict_dict = result["verdict"]
         return SuspectRow(
             name=suspect.name,

@@ -2,13 +2,15 @@
 
 A directory holds ``config.yaml`` (the model, so that ``meadef verify --suspect DIRECTORY`` can load it), ``metrics.csv``,
 ``checkpoints/model.ckpt`` (weights only), ``result.json`` (the stage's numbers) and ``stage.json`` (its record). A finished
-stage is read, an interrupted one goes on from its last epoch.
+stage is read, an interrupted one goes on from its last epoch. Where several processes run the experiment, all of them train and
+rank zero writes; see :mod:`meadef_lightning.processes`.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,16 +21,21 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from typing_extensions import override
 
+from meadef_lightning import processes
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.experiment.artifacts import (
     Stage,
     file_sha256,
     is_rank_zero,
+    make_directory,
     read_json,
+    write_bytes_atomic,
     write_json_atomic,
     write_text_atomic,
 )
@@ -40,6 +47,7 @@ from meadef_lightning.victims.classifier import Classifier
 from meadef_lightning.victims.encoder import Encoder
 
 MODEL = Path("checkpoints") / "model.ckpt"
+LAST = Path("checkpoints") / "last.ckpt"
 RESULT = "result.json"
 AnyModel = TypeVar("AnyModel", Classifier, Encoder, Model)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -68,6 +76,24 @@ class EpochSeed(Callback):
         torch.manual_seed(derived_seed(self.seed, f"epoch {trainer.current_epoch}", f"rank {trainer.global_rank}"))
 
 
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints in the directory where they stay, so that a killed process leaves the old one or the new one.
+
+    Lightning writes them to the temporary directory and moves them, which copies where that is another file system: a run that is
+    killed meanwhile could not go on from half a file. Readable by their owner only, as before: they hold the watermark's samples.
+    Weights alone come without the Trainer's counters, which would tell two trainings to the same weights apart by their interruptions.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Replaces the file in one step; raises ``OutputError`` where that is impossible."""
+        buffer = io.BytesIO()
+        left_out = set() if "optimizer_states" in checkpoint else {"loops"}
+        torch.save({name: value for name, value in checkpoint.items() if name not in left_out}, buffer)
+        make_directory(Path(path).parent)
+        write_bytes_atomic(path, buffer.getvalue(), mode=0o600)
+
+
 def row_identity(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
     """Returns what a row of metrics tells: its step and its columns. An epoch that is repeated after an interruption tells it again."""
     return int(row["step"]), frozenset(row) - {"step"}
@@ -93,6 +119,12 @@ def join_metrics(logs: Path) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def last_metrics(logs: Path) -> dict[str, float]:
+    """The last finite value of every metric that all attempts at a stage logged."""
+    told = ((k, float(v)) for row in logged_rows(logs) for k, v in row.items() if k not in ("epoch", "step"))
+    return {name: value for name, value in told if math.isfinite(value)}
 
 
 def fit(
@@ -127,33 +159,76 @@ def fit(
             f"The pipeline sets the Trainer's {sorted(taken)} itself; leave them out of `trainer`."
         )
     directory = stage.directory
-    write_text_atomic(directory / "config.yaml", yaml.safe_dump({"model": dict(model_config)}, sort_keys=False))
-    attempts = len(list((directory / "logs").glob("attempt_*")))
-    resume = directory / "checkpoints" / "last.ckpt"
+    resume = directory / LAST
+
+    def prepare() -> tuple[int, bool]:
+        write_text_atomic(directory / "config.yaml", yaml.safe_dump({"model": dict(model_config)}, sort_keys=False))
+        return len(list((directory / "logs").glob("attempt_*"))), resume.exists()
+
+    attempts, resuming = processes.first(prepare)
+    options = {"enable_model_summary": False, "log_every_n_steps": 10, **options}
+    if options.get("strategy") == processes.FSDP2:
+        # whole weights in one file, since every other stage reads them in one process
+        options["strategy"] = ModelParallelStrategy(processes.count(), 1, save_distributed_checkpoint=False)
     seed_everything(seed, workers=True, verbose=False)
     with quiet():
         trainer = Trainer(
-            **{"enable_model_summary": False, "log_every_n_steps": 10, **options},
+            **options,
             default_root_dir=directory,
             logger=[
                 # no version, which would stand in the progress bar; written at once, so that a killed run has lost nothing
                 CSVLogger(directory / "logs", name=f"attempt_{attempts}", version="", flush_logs_every_n_steps=1),
                 *loggers,
             ],
-            callbacks=[EpochSeed(seed), ModelCheckpoint(resume.parent, save_top_k=0, save_last=True)],
+            # the latest epoch under one name; `save_last` alone saves nothing any more where no best one is kept
+            callbacks=[
+                EpochSeed(seed),
+                ModelCheckpoint(resume.parent, resume.stem, enable_version_counter=False, save_on_train_epoch_end=True),
+            ],
         )
-        trainer.fit(model, datamodule=data, ckpt_path=resume if resume.exists() else None, weights_only=True)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that was asked for
+            trainer.strategy.checkpoint_io = AtomicCheckpoints()
+        trainer.fit(model, datamodule=data, ckpt_path=resume if resuming else None, weights_only=True)
+        # the log first: an attempt that was killed after its last epoch leaves nothing to train, and so nothing to call back
+        metrics = last_metrics(directory / "logs")
+        metrics.update({name: float(value) for name, value in trainer.callback_metrics.items()})
         if trainer.interrupted:
             raise KeyboardInterrupt
         trainer.save_checkpoint(directory / MODEL, weights_only=True)
         if isinstance(model, Classifier):
-            metrics.update({k: float(v) for k, v in trainer.test(model, datamodule=data, verbose=False)[0].items()})
-    write_text_atomic(directory / "metrics.csv", join_metrics(directory / "logs"))
-    if trainer.is_global_zero:
-        # a full checkpoint holds the watermark's source samples: not to be left lying about
-        resume.unlink(missing_ok=True)
+            metrics.update({name: float(value) for name, value in _tested(trainer, model, data, options).items()})
+    if is_rank_zero():
+        write_text_atomic(directory / "metrics.csv", join_metrics(directory / "logs"))
     return metrics
+
+
+def _tested(
+    trainer: Trainer, model: Classifier, data: LightningDataModule, options: TrainerOptions
+) -> Mapping[str, float]:
+    """Tests a trained classifier, in one process: among several, some images would count twice, so that each gets as many."""
+    if processes.count() == 1 or isinstance(trainer.strategy, ModelParallelStrategy):  # whose weights are spread
+        return trainer.test(model, datamodule=data, verbose=False)[0]
+
+    def test() -> Mapping[str, float]:
+        here = {**options, **processes.one_process(trainer.strategy.root_device)}
+        tester = Trainer(**here, logger=False, enable_checkpointing=False)
+        # its loader alone: before Lightning prepares a data module it waits for all processes, even if it trains in one
+        metrics = tester.test(model, data.test_dataloader(), verbose=False)[0]
+        for logger in trainer.loggers:
+            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, trainer.global_step)
+        return metrics
+
+    return processes.first(test)
+
+
+def check_processes(options: TrainerOptions) -> None:
+    """Raises a ``MisconfigurationException`` if a stage's Trainer would not use exactly the processes that run the experiment."""
+    wanted = processes.bare_trainer(options).world_size
+    if wanted != processes.count():
+        raise MisconfigurationException(
+            f"This stage's Trainer wants {wanted} process(es), but {processes.count()} run the experiment, as the victim's Trainer wants "
+            "them. Set devices, num_nodes and strategy for all stages at once: --trainer.devices and so on."
+        )
 
 
 def read_weights(model: AnyModule, checkpoint: Path) -> AnyModule:
@@ -231,8 +306,9 @@ def train_stage(
     with Stage(directory, name, inputs) as stage, track(stage) as loggers:
         if not stage.done:
             model, data, options = build()
+            check_processes(options)
             metrics = fit(stage, model, data, options, seed, model_config, loggers)
-            _write_result(stage, {"metrics": metrics})
+            _write_result(stage, lambda: {"metrics": metrics})
         return _result(directory)
 
 
@@ -248,7 +324,9 @@ def extraction_stage(
 ) -> dict[str, Any]:
     """Steals the victim through the oracle.
 
-    Answers that were paid for are kept in ``queries.sqlite``: an interrupted theft goes on without asking again.
+    Answers that were paid for are kept in ``queries.sqlite``: an interrupted theft goes on without asking again. The victim answers
+    on the Trainer's device. Of several processes rank zero asks for all, or, where an attack asks during the training, each of one
+    machine asks its own share through this one ledger: every input is paid for once, and the budget holds for all together.
 
     Args:
         directory: The stage's directory.
@@ -265,20 +343,42 @@ def extraction_stage(
     """
     with Stage(directory, attack.name, inputs) as stage, track(stage) as loggers:
         if not stage.done:
-            ledger = QueryLedger(directory / "queries.sqlite", budget=attack.budget)
-            oracle = Oracle(victim(), attack.policy, ledger)
+            trainer = processes.bare_trainer(attack.trainer)
+            # other machines cannot share the file, see QueryLedger, and nothing is asked there
+            path = directory / "queries.sqlite" if trainer.node_rank == 0 else None
+            # one after the other: SQLite lets nobody in while the file is being made
+            ledger = processes.in_turn(lambda: QueryLedger(path, budget=attack.budget))
+            device = trainer.strategy.root_device
+            oracle = Oracle(victim(), attack.policy, ledger, device=device)
             queries = attack.queries(oracle, data)
-            metrics = fit(stage, attack.student, queries, attack.trainer, seed, model_config, loggers)
-            _write_result(stage, {"metrics": metrics, "labels": oracle.labels, "queries": ledger.totals().distinct})
+
+            def steal(options: TrainerOptions) -> dict[str, float]:
+                return fit(stage, attack.student, queries, options, seed, model_config, loggers)
+
+            if getattr(queries, "one_process", False) and processes.count() > 1:
+                # prepared already, and Lightning would wait for all processes
+                queries.prepare_data = None  # type: ignore[method-assign, assignment]
+                metrics = processes.first(lambda: steal({**attack.trainer, **processes.one_process(device)}))
+            else:
+                check_processes(attack.trainer)
+                metrics = steal(attack.trainer)
+            _write_result(
+                stage, lambda: {"metrics": metrics, "labels": oracle.labels, "queries": ledger.totals().distinct}
+            )
+            ledger.close()  # one file again, fit to be copied
         return _result(directory)
 
 
-def _write_result(stage: Stage, values: Mapping[str, Any]) -> None:
-    if is_rank_zero():
-        result = {**values, "sha256": file_sha256(stage.directory / MODEL)}
+def _write_result(stage: Stage, values: Callable[[], Mapping[str, Any]]) -> None:
+    def write() -> None:
+        result = {**values(), "sha256": file_sha256(stage.directory / MODEL)}
         write_json_atomic(stage.directory / RESULT, result)
+        # a full checkpoint holds the watermark's source samples: not to be left lying about; until now a killed run went on from it
+        (stage.directory / LAST).unlink(missing_ok=True)
+
+    processes.first(write)
 
 
 def _result(directory: Path) -> dict[str, Any]:
-    result: dict[str, Any] = read_json(directory / RESULT)
+    result: dict[str, Any] = processes.first(lambda: read_json(directory / RESULT))
     return result

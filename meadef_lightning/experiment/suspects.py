@@ -28,18 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
 from meadef_lightning.data.base import SplitDataModule
+from meadef_lightning.experiment.described import described
 from meadef_lightning.experiment.onnx_suspect import OnnxSuspect, digest_tensor, in_batches
 from meadef_lightning.experiment.stages import MODEL, build_network, read_weights
 from meadef_lightning.oracle import BlackBox, HTTPOracle, QueryLedger
-from meadef_lightning.oracle.input_space import InputSpace, ToInputSpace
+from meadef_lightning.oracle.input_space import ToInputSpace
 from meadef_lightning.oracle.mapped_http import MappedHTTPOracle
-from meadef_lightning.oracle.mapping import HTTPMapping
 from meadef_lightning.victims.classifier import Classifier
 from meadef_lightning.victims.encoder import Encoder
 from meadef_lightning.watermark.batches import pick
@@ -164,7 +163,7 @@ def open_suspect(
     if name.startswith(PYTHON):
         return _function(name, trust_code)
     if Path(name).suffix in _YAML:
-        section = _described(Path(name))
+        section = described(Path(name))
         mapping = section.get("http")
         if mapping is None:
             raise MisconfigurationException(
@@ -224,7 +223,7 @@ def load_suspect(
                 f"Found no config.yaml beside {checkpoint} that says which model it is. Give one with --model: a YAML with "
                 "model: {class_path: ..., init_args: {...}}."
             )
-    section = {} if model is None else _described(model)
+    section = {} if model is None else described(model)
     output = section.get("output")
     stages: list[nn.Module] = []
     if "input" in section:
@@ -290,32 +289,18 @@ def _function(name: str, trust_code: bool) -> nn.Module | CallableSuspect:
     return CallableSuspect(found)
 
 
-def _described(file: Path) -> dict[str, Any]:
-    """The sections of a suspect's YAML: ``model`` as it is, ``input`` and ``http`` checked and built, ``output``."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
+def _refuse_compressed(checkpoint: Path) -> None:
+    """Refuses a checkpoint whose parts are compressed, which torch never does: a few kilobytes could become many gigabytes."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MisconfigurationException(f"Cannot read the model's configuration {file}: {error}") from error
-    known = ("model", "input", "output", "http")
-    section = {name: content[name] for name in known if name in content} if isinstance(content, Mapping) else {}
-    if not section:
+        with zipfile.ZipFile(checkpoint) as archive:
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+        return  # a format of older versions, or damaged: torch says so
+    if packed:
         raise MisconfigurationException(
-            f"{file} has no `model:` section with class_path and init_args, nor `input:`, `output:` or `http:`."
+            f"{checkpoint} is a compressed archive, which torch.save does not write and which may be far larger than it looks. Ask for a "
+            "state dict as torch.save writes it."
         )
-    for name, kind in (("input", InputSpace), ("http", HTTPMapping)):
-        if name not in section:
-            continue
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(kind, name)
-        try:
-            section[name] = parser.instantiate(parser.parse_object({name: section[name]}))[name]
-        except (ArgumentError, TypeError, ValueError) as error:
-            raise MisconfigurationException(f"The section `{name}:` of {file} cannot be used: {error}") from error
-    if not isinstance(section.get("output", 0), (int, str)):
-        raise MisconfigurationException(f"`output:` of {file} must be an index or a name.")
-    return section
 
 
 def _with_weights(section: Mapping[str, Any], file: Path | None, checkpoint: Path, data: SplitDataModule) -> nn.Module:
@@ -331,4 +316,5 @@ def _with_weights(section: Mapping[str, Any], file: Path | None, checkpoint: Pat
         raise MisconfigurationException(f"The model in {file} cannot be built: {error}") from error
     if isinstance(suspect, (Classifier, Encoder)):
         build_network(suspect, data)
+    _refuse_compressed(checkpoint)
     return read_weights(suspect, checkpoint)

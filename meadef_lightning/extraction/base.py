@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from meadef_lightning import processes
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.loading import EpochShuffle, ResumableLoader, batches_done
 from meadef_lightning.extraction.pools import AttackerSplit, Pool
@@ -117,9 +118,14 @@ class ExtractionDataModule(LightningDataModule, ABC):
         seed: Seed of everything the attack draws, and of the training order.
         pool: Where the images come from; the data's attacker split by default.
 
+    Attributes:
+        one_process: Whether the attack can only be run by one process; of several, `meadef run` lets rank zero run it.
+
     Raises:
         ValueError: If a number is out of range.
     """
+
+    one_process: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -326,17 +332,7 @@ class ExtractionDataModule(LightningDataModule, ABC):
     def _collect_somewhere(self) -> TransferSet:
         if self.trainer is None or self.trainer.world_size == 1:
             return self.collect()
-        outcome: Any = None
-        if self.trainer.is_global_zero:
-            try:
-                outcome = self.collect()
-            except Exception as error:  # told to the processes that wait, and raised on all of them
-                outcome = error
-        outcome = self.trainer.strategy.broadcast(outcome)
-        if isinstance(outcome, Exception):
-            raise outcome
-        transfer: TransferSet = outcome
-        return transfer
+        return processes.first(self.collect)
 
     def _ready(self) -> TransferSet:
         if self._transfer is None:

@@ -190,7 +190,7 @@ class CompositeDataModule(ExtractionDataModule):
         if self.trainer is not None and self.trainer.world_size > 1 and self.oracle.ledger.path is None:
             raise MisconfigurationException(
                 f"The {self.trainer.world_size} processes each ask about composites of their own, and a ledger in memory would count "
-                "and limit each alone. Give QueryLedger a path, or train with one process."
+                "and limit each alone. Give QueryLedger a path, or train with one process. (Machines cannot share its file: use one.)"
             )
         x, y = self.pool.images(self.data)
         held_out = held_out_rows(len(x), self.validation_fraction)

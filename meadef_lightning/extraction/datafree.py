@@ -10,6 +10,8 @@ whose mean over directions is the gradient of a linear :math:`L`, since :math:`E
 generator gives *before* its tanh, so every query is an image. The loop is in `datafree_student`, the attacks are `dfme` and
 `maze`.
 
+**Source.** The generator's game and its estimated gradient are those of both attacks' papers, which their pages name.
+
 **Budget.** An iteration of :math:`g` generator and :math:`s` student steps costs :math:`B (g (m + 1) + s)` queries. All are counted,
 those of the estimates too. Training ends after ``max_epochs · iterations_per_epoch`` iterations, or before the first iteration
 that the ledger's budget does not cover as a whole; learning rates are scheduled over whichever of the two is shorter.
@@ -154,6 +156,8 @@ class DataFreeDataModule(ExtractionDataModule):
         ValueError: If a number is out of range.
         MisconfigurationException: In `setup`, if the answers or the Trainer do not fit; see `_refusal`.
     """
+
+    one_process = True
 
     def __init__(
         self,

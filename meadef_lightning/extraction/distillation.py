@@ -1,10 +1,23 @@
 """Knowledge-distillation extraction: ask the oracle about the attacker's own images once, and train on the answers.
 
-**Source.** Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), used as an attack; the loss is
-`meadef_lightning.extraction.student.distillation_loss` (temperature, T² factor). **Budget.** One query per image and view;
-published attacks often ask again about every augmented view in every epoch, and report the number of *images* as queries. Here
-nothing is asked that is not counted. **Pitfalls.** A high temperature is not always better for the thief: near-zero
-probabilities, which a rounding API destroys, then carry most of the signal.
+**Source.** Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015), used as an attack; the loss is
+`meadef_lightning.extraction.student.distillation_loss`.
+
+**Algorithm.** 1. Take the images of a pool, the attacker's split unless told otherwise; with ``views = V`` above 1 each of them comes with
+``V − 1`` augmented copies. 2. Ask the victim about each once. 3. Hold out a share of the images, with all their views, for validation.
+4. Train the student on the rest: by ``T² · KL`` at temperature ``T`` where answers are probabilities, by cross-entropy where they are
+classes.
+
+**Budget.** One query per image and view: ``queries``, or all of the pool times ``views``. Published attacks often ask again about every
+augmented view in every epoch, and report the number of *images* as queries. Here nothing is asked that is not counted.
+
+**Defaults.** One view, no augmentation, a tenth held out, temperature 1. The paper's student sees logits; a thief has probabilities, from
+which the softened ones follow all the same: ``p^(1/T)``, normalised. With an augmentation and one view the student sees the image
+augmented anew in every epoch under the answer to the image itself, which costs no query and supposes that the victim would say the same.
+
+**Pitfalls.** A high temperature is not always better for the thief: near-zero probabilities, which a rounding API destroys, then carry
+most of the signal. Leaving out the factor ``T²`` makes the learning rate depend on the temperature. Validation images whose
+augmented copies are trained on validate nothing.
 """
 
 from __future__ import annotations

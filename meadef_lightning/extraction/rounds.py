@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from meadef_lightning.data.loading import EpochShuffle
@@ -28,6 +29,8 @@ class RoundsDataModule(ExtractionDataModule):
     starts from fresh weights. After each round the attack's state is written beside the ledger's file (if it has one), so that an
     interrupted theft goes on from its last finished round.
     """
+
+    _chooser: str | None = None  # architecture of the interim students so far; none was trained yet, or none is needed
 
     @property
     def student(self) -> Student:
@@ -71,6 +74,7 @@ class RoundsDataModule(ExtractionDataModule):
             torch.manual_seed(seed)
             student = fresh_copy(self.student)
             student.build_network(self.num_classes, self.image_shape[0])
+            self._chooser = architecture(student.ready_network())
             trainer = Trainer(
                 accelerator=device.type,
                 devices=1 if device.index is None else [device.index],
@@ -98,18 +102,36 @@ class RoundsDataModule(ExtractionDataModule):
         path = self._rounds_file
         if path is not None:
             new = path.with_name(f".{path.name}.new")
-            torch.save({"victim": self.oracle.fingerprint(), "attack": self._identity(), "state": state}, new)
+            content = {"victim": self.oracle.fingerprint(), "attack": self._identity(), "student": self._chooser}
+            torch.save({**content, "state": state}, new)
             new.replace(path)
 
     def load_round(self) -> dict[str, Any] | None:
-        """Returns the state of the last finished round of this very attack, or ``None``."""
+        """Returns the state of the last finished round of this very attack, or ``None``.
+
+        Raises:
+            MisconfigurationException: If interim students of another architecture chose what was asked in it.
+        """
         path = self._rounds_file
         if path is None or not path.exists():
             return None
         content = torch.load(path, weights_only=True)
         if content["victim"] != self.oracle.fingerprint() or content["attack"] != self._identity():
             return None
+        self._chooser = content.get("student")
+        if self._chooser is not None and self._chooser != self._student_architecture():
+            raise MisconfigurationException(
+                f"{path} holds rounds whose queries were chosen with students of another architecture than the one that is trained now. "
+                f"Go on with that one; or delete {path}, and the rounds begin anew with this one (answers that were paid for stay in "
+                f"{self.oracle.ledger.path}); or give QueryLedger another path."
+            )
         return cast("dict[str, Any]", content["state"])
+
+    def _student_architecture(self) -> str:
+        with torch.random.fork_rng():
+            student = fresh_copy(self.student)
+            student.build_network(self.num_classes, self.image_shape[0])
+        return architecture(student.ready_network())
 
     @property
     def _rounds_file(self) -> Path | None:
@@ -122,8 +144,15 @@ class RoundsDataModule(ExtractionDataModule):
         return f"{type(self).__qualname__} {self.pool.name} {[item for item in values if not item[0].startswith('_')]}"
 
 
+def architecture(network: nn.Module) -> str:
+    """SHA-256 over the types of a network's modules and the shapes of its parameters and buffers, by name; 64 hexadecimal digits."""
+    modules = [f"{name} {type(module).__qualname__}" for name, module in network.named_modules()]
+    tensors = [f"{name} {tuple(value.shape)}" for name, value in network.state_dict().items()]
+    return hashlib.sha256("\n".join(modules + tensors).encode()).hexdigest()
+
+
 def fresh_copy(student: Student) -> Student:
-    """Copies a student that is attached to a Trainer, without the Trainer."""
+    """Copies a student that is attached to a Trainer, without the Trainer and the mesh of its processes."""
     with _detached(student):
         return deepcopy(student)
 
@@ -131,7 +160,8 @@ def fresh_copy(student: Student) -> Student:
 @contextmanager
 def _detached(student: Student) -> Iterator[None]:
     trainer, student._trainer = student._trainer, None
+    mesh, student._device_mesh = student._device_mesh, None
     try:
         yield
     finally:
-        student._trainer = trainer
+        student._trainer, student._device_mesh = trainer, mesh

@@ -8,7 +8,10 @@ behind somebody else's service, whose JSON a YAML describes (`meadef_lightning.o
 
 from meadef_lightning.oracle.base import BlackBox
 from meadef_lightning.oracle.http import HTTPOracle, ServedModel
+from meadef_lightning.oracle.input_space import InputSpace, ToInputSpace
 from meadef_lightning.oracle.ledger import BudgetExceededError, QueryLedger, Totals, row_digests
+from meadef_lightning.oracle.mapped_http import MappedHTTPOracle
+from meadef_lightning.oracle.mapping import HTTPMapping
 from meadef_lightning.oracle.oracle import Oracle
 from meadef_lightning.oracle.policies import (
     AnswerKind,
@@ -30,9 +33,12 @@ __all__ = [
     "BudgetExceededError",
     "Compose",
     "Features",
+    "HTTPMapping",
     "HTTPOracle",
     "HardLabel",
+    "InputSpace",
     "LedgerError",
+    "MappedHTTPOracle",
     "Oracle",
     "OracleHTTPError",
     "Policy",
@@ -42,6 +48,7 @@ __all__ = [
     "ServerBudgetExceededError",
     "Soft",
     "Temperature",
+    "ToInputSpace",
     "TopK",
     "Totals",
     "row_digests",

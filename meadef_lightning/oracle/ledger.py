@@ -90,7 +90,8 @@ class QueryLedger:
 
     Args:
         path: SQLite file of the ledger; created, with its folder, where it does not exist, and continued where it does. Without
-            a path everything stays in the memory of this process.
+            a path everything stays in the memory of this process: about 100 bytes a distinct input, and the answer, which for soft
+            ones is 4 bytes a class.
         budget: Most distinct inputs that may ever be forwarded, those already in the file included. No limit if None. It is
             not stored: reopen a file with a larger budget to go on.
 

@@ -160,9 +160,14 @@ class Storage:
 
     def _is_empty(self, database: sqlite3.Connection) -> bool:
         """Whether nothing was ever written; raises if something was written by somebody else."""
+        within = database.in_transaction
+        if not within:
+            database.execute("BEGIN")  # all three at one moment: another process may be making the file
+        (tables,) = database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
         (application,) = database.execute("PRAGMA application_id").fetchone()
         (version,) = database.execute("PRAGMA user_version").fetchone()
-        (tables,) = database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        if not within:
+            database.execute("COMMIT")
         if application == version == tables == 0:
             return True
         if application != _APPLICATION_ID:

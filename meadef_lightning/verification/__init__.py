@@ -4,27 +4,44 @@
 `meadef_lightning.verification.datamodule` asks, `meadef_lightning.verification.statistics` holds the exact tests,
 `meadef_lightning.verification.verdict` joins them, and `meadef_lightning.verification.evidence` writes down what can be checked offline.
 Before: `meadef_lightning.verification.planning` (how many samples), `meadef_lightning.verification.commitment` (what to publish).
-Besides: several keys (`meadef_lightning.verification.combination`), fewer queries (`meadef_lightning.verification.sequential`), suspects that
-number their classes differently (`meadef_lightning.verification.labels`), and what a malicious accuser could try
-(`meadef_lightning.verification.false_claims`).
+Besides: several keys (`meadef_lightning.verification.combination`), fewer queries (`meadef_lightning.verification.sequential`), encoders
+(`meadef_lightning.verification.features`), suspects that number their classes differently (`meadef_lightning.verification.labels`), and what a
+malicious accuser could try (`meadef_lightning.verification.false_claims`). After: `meadef_lightning.verification.bundle` packs all of it for a
+judge, signed (`meadef_lightning.verification.signing`). A black box cannot tell the questions apart (`meadef_lightning.verification.camouflage`).
 """
 
+from meadef_lightning.verification.bundle import Bundle, Findings
 from meadef_lightning.verification.callback import SuspectModule, VerificationCallback, verify
+from meadef_lightning.verification.camouflage import CamouflagedDataModule
 from meadef_lightning.verification.combination import JointVerdict, combine_fisher, holm, judge_keys
+from meadef_lightning.verification.commitment import Commitment, repeat_draw, secret_commitment, timestamp_request
 from meadef_lightning.verification.datamodule import VerificationDataModule
-from meadef_lightning.verification.evidence import Evidence, EvidenceError, check_evidence, model_fingerprint
+from meadef_lightning.verification.evidence import Evidence, check_evidence, model_fingerprint
+from meadef_lightning.verification.evidence_form import EvidenceError
+from meadef_lightning.verification.features import FeatureVerdict, feature_verdict
+from meadef_lightning.verification.labels import LabelMap, align_labels
 from meadef_lightning.verification.metrics import FalsePositiveRate, Fidelity, WatermarkSuccessRate
 from meadef_lightning.verification.planning import Power, power, smallest_plan
+from meadef_lightning.verification.relabelling import RelabelledBlackBox, RelabelledModule, relabelled
 from meadef_lightning.verification.sequential import SequentialResult, SequentialTest
+from meadef_lightning.verification.signing import load_signing_key, make_signing_key
 from meadef_lightning.verification.verdict import Responses, Verdict, decoy_statistics, judge
 
 __all__ = [
+    "Bundle",
+    "CamouflagedDataModule",
+    "Commitment",
     "Evidence",
     "EvidenceError",
     "FalsePositiveRate",
+    "FeatureVerdict",
     "Fidelity",
+    "Findings",
     "JointVerdict",
+    "LabelMap",
     "Power",
+    "RelabelledBlackBox",
+    "RelabelledModule",
     "Responses",
     "SequentialResult",
     "SequentialTest",
@@ -33,14 +50,22 @@ __all__ = [
     "VerificationCallback",
     "VerificationDataModule",
     "WatermarkSuccessRate",
+    "align_labels",
     "check_evidence",
     "combine_fisher",
     "decoy_statistics",
+    "feature_verdict",
     "holm",
     "judge",
     "judge_keys",
+    "load_signing_key",
+    "make_signing_key",
     "model_fingerprint",
     "power",
+    "relabelled",
+    "repeat_draw",
+    "secret_commitment",
     "smallest_plan",
+    "timestamp_request",
     "verify",
 ]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from meadef_lightning.verification.callback import INVALID, Queryable, answered_labels
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
 from meadef_lightning.verification.scores import key_scores, possible_targets
-from meadef_lightning.verification.statistics import DecoyTable
+from meadef_lightning.verification.statistics import MAX_DECOYS, DecoyTable
 from meadef_lightning.verification.verdict import Responses
 from meadef_lightning.watermark.key import DEFAULT_COMBINERS, CombinerSpec, KeySpace, WatermarkKey
 
@@ -144,10 +144,15 @@ def ask_everything(
         batch_size: Samples a forward.
 
     Raises:
-        ValueError: If a class has too few verification samples, or an answer is none.
+        ValueError: If a class has too few verification samples, there are too many keys, or an answer is none.
     """
     data.setup("predict")
     space = KeySpace(data.num_classes, combiners)
+    if space.size > MAX_DECOYS:
+        raise ValueError(
+            f"{space.num_classes} classes and {len(combiners)} ways make {space.size:.2g} keys; the questions of all are asked for up to "
+            f"{MAX_DECOYS:.2g} only. Study a part of the classes, or verify single keys: verify(…, decoys=999)."
+        )
     a, b, target, way = space.key_at(0)
     any_key = WatermarkKey((a, b), target, space.num_classes, combiners[way], space=combiners)
     # with as many samples in a cell as triggers, the decoy loader holds all triggers and controls of all keys
@@ -199,6 +204,6 @@ def every_mcnemar_p(table: AnswerTable) -> Tensor:
 def supported_keys(
     table: AnswerTable, reference: AnswerTable | None = None, alpha: float = 1e-3, decoy_samples: int = 32
 ) -> Tensor:
-    """Marks the keys under which the suspect would be judged *supported*, bool ``(pairs, ways, classes)``."""
+    """Marks the keys under which the suspect would be judged *supported*, had they been drawn; bool ``(pairs, ways, classes)``."""
     decoy_p = every_decoy_p(table, reference, decoy_samples)
     return (decoy_p <= alpha) & (every_mcnemar_p(table) <= alpha)

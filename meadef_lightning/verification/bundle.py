@@ -4,7 +4,8 @@
 
 * ``manifest.json``: SHA-256 of every other file, time, command, seed, versions, hashes of the questions; sealed with an HMAC under the
   key's salt, field by field, and signed with Ed25519 if the owner has a signing key;
-* ``evidence.json``: the raw answers and the verdict (:class:`~meadef_lightning.verification.evidence.Evidence`), which names no class;
+* ``evidence.json``: the raw answers and the verdict (:class:`~meadef_lightning.verification.evidence.Evidence`), which names no class; and
+  where the suspect's labels had to be translated, the map and the counts that it follows from;
 * ``watermark.commitment.json``, and the answer ``watermark.commitment.tsr`` of a time-stamping authority, if there are any;
 * ``watermark.key.json``: the key, only if the owner discloses it to the judge.
 
@@ -23,8 +24,6 @@ given as the directory that it unpacks to.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,13 +34,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meadef_lightning.verification.commitment import Commitment, now, versions
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
-from meadef_lightning.verification.evidence import (
-    Evidence,
-    EvidenceError,
-    _seal,
-    tensors_fingerprint,
-)
+from meadef_lightning.verification.evidence import Evidence, _seal
+from meadef_lightning.verification.evidence_form import EvidenceError, time_of
 from meadef_lightning.verification.parcel import COMMITMENT, EVIDENCE, KEY, MANIFEST, TIMESTAMP, read_files, write_files
+from meadef_lightning.verification.questions import check_data, question_seals
 from meadef_lightning.verification.signing import (
     check_signature,
     is_hex,
@@ -57,36 +53,6 @@ from meadef_lightning.watermark.key import WatermarkKey
 _WHAT, _SCHEMA, _MAX_COMMAND = "meadef_lightning evidence bundle", 1, 100_000
 _FIELDS = {"what", "schema_version", "created", "command", "key", "seed", "questions", "versions", "files", "signer"}
 _PROOFS = {"seal", "signature"}
-_BATCH = 512
-
-
-def question_seals(key: WatermarkKey, data: SourceData, evidence: Evidence) -> dict[str, str]:
-    """Makes the samples of a verification again, and hashes them.
-
-    Args:
-        key: The key.
-        data: The data that the verification used.
-        evidence: Its evidence, for the numbers of samples and the seed.
-
-    Returns:
-        For each kind, HMAC-SHA256 under the key's salt of the SHA-256 of its samples in plain order.
-
-    Raises:
-        ValueError: If key, data and evidence do not fit each other.
-    """
-    answers, procedure = evidence.answers, evidence.procedure
-    each = sum(answers["cells"][0]) if answers["cells"] else 0
-    samples = max(len(answers["trigger"]), 1)
-    asked = VerificationDataModule(key, data, samples, procedure["decoys"], each, procedure["seed"], _BATCH)
-    asked.prepare_data()
-    asked.setup("predict")
-    seals = {}
-    for kind, loader in zip(asked.loaders, asked.predict_dataloader(), strict=True):
-        digest = hashlib.sha256()
-        for x, _ in loader:
-            digest.update(tensors_fingerprint(x).encode())
-        seals[kind] = hmac.new(f"questions {key.salt}".encode(), kind.encode() + digest.digest(), "sha256").hexdigest()
-    return seals
 
 
 @dataclass(frozen=True)
@@ -146,7 +112,7 @@ class Bundle:
         parsed = Evidence.parse(evidence, EVIDENCE)
         parsed.check(key)
         if data is not None:
-            _check_data(parsed, data)
+            check_data(parsed, data)
         files = {EVIDENCE: evidence}
         if commitment is not None:
             files[COMMITMENT] = commitment
@@ -248,6 +214,12 @@ class Bundle:
         if manifest["seed"] != evidence.procedure["seed"]:
             raise EvidenceError(f"seed differs between {MANIFEST} and {EVIDENCE}.")
         notes += self._check_commitment(evidence, signed_by, key, secret)
+        if evidence.key["drawn_uniformly"] and secret is None:
+            notes.append(
+                "That the key was drawn is its owner's word: the draw was not repeated, for which the owner shows the secret."
+            )
+        if (labels := evidence.labels) is not None:
+            notes.append(labels.describe())
         verdict = None
         if key is None:
             notes.append(
@@ -298,7 +270,7 @@ class Bundle:
             raise EvidenceError(
                 f"signer differs between {COMMITMENT} and {MANIFEST}: a bundle is signed with the key that signed its commitment."
             )
-        if commitment.created > evidence.created:
+        if time_of(commitment.created) > time_of(evidence.created):
             raise EvidenceError(f"{COMMITMENT} says that it was created at {commitment.created}, after the evidence.")
         notes = [f"The key was committed to at {commitment.created}, by the owner's clock."]
         if TIMESTAMP in self.files:
@@ -332,17 +304,9 @@ def _check_seal(manifest: Mapping[str, Any], key: WatermarkKey) -> None:
         raise EvidenceError(f"{MANIFEST}: seal has fields that are none of the bundle's.")
 
 
-def _check_data(evidence: Evidence, data: SourceData) -> None:
-    data.prepare_data()
-    data.setup("predict")
-    for split in ("verification", "test"):
-        if tensors_fingerprint(*data.tensors(split)) != evidence.data[split]:
-            raise EvidenceError(f"data.{split} differs: the data given is not what the verification used.")
-
-
 def _check_questions(manifest: Mapping[str, Any], evidence: Evidence, key: WatermarkKey, data: SourceData) -> str:
     try:
-        _check_data(evidence, data)
+        check_data(evidence, data)
     except EvidenceError:
         return "The data given is not what the verification used: its questions were not made again."
     if manifest["questions"] is None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from meadef_lightning.verification.camouflage import CamouflagedDataModule
 from meadef_lightning.verification.datamodule import Batch, SourceData, VerificationDataModule
-from meadef_lightning.verification.evidence import Evidence, model_fingerprint, tensors_fingerprint
+from meadef_lightning.verification.evidence import Evidence, check_size, model_fingerprint, tensors_fingerprint
+from meadef_lightning.verification.labels import LabelMap
 from meadef_lightning.verification.metrics import as_labels
 from meadef_lightning.verification.verdict import Responses, Verdict, check_plan, judge, with_reference
 from meadef_lightning.watermark.key import WatermarkKey
@@ -149,7 +150,7 @@ class VerificationCallback(Callback):
         evidence_path: Where to write the evidence; ``None`` writes none. That it can be written is checked before anything is asked.
         null_statistics: Statistics of independent models under the same key; see
             :func:`~meadef_lightning.verification.verdict.judge`.
-        reference: Answers of a reference model to the same questions; see
+        reference: Answers of a reference model, or of several, to the same questions; see
             :meth:`~meadef_lightning.verification.statistics.DecoyTable.statistics`.
 
     Attributes:
@@ -158,7 +159,8 @@ class VerificationCallback(Callback):
 
     Raises:
         MisconfigurationException: At the start of prediction, if the data module is another one or has another key.
-        ValueError: If ``alpha`` or a null statistic is out of range (here), or answers are missing or invalid (at the end).
+        ValueError: If ``alpha`` or a null statistic is out of range (here), the evidence would be too large (at the start), or answers are
+            missing or invalid (at the end).
         OSError: If the evidence cannot be written.
     """
 
@@ -171,7 +173,7 @@ class VerificationCallback(Callback):
         alpha: float = 1e-3,
         evidence_path: str | Path | None = None,
         null_statistics: Sequence[float] | None = None,
-        reference: Responses | None = None,
+        reference: Responses | Sequence[Responses] | None = None,
     ) -> None:
         check_plan(alpha, null_statistics)
         self.reference = reference
@@ -186,8 +188,10 @@ class VerificationCallback(Callback):
             raise MisconfigurationException(
                 "VerificationCallback and VerificationDataModule have different keys; give both the same."
             )
-        if self.evidence_path is not None and trainer.is_global_zero:
-            _check_writable(self.evidence_path)
+        if self.evidence_path is not None:
+            check_size(data.table, self.reference is not None)
+            if trainer.is_global_zero:
+                _check_writable(self.evidence_path)
         self._answers = [
             torch.full((len(loader.dataset),), _MISSING, device=pl_module.device)  # type: ignore[arg-type]
             for loader in data.predict_dataloader()
@@ -240,6 +244,7 @@ class VerificationCallback(Callback):
                     "test": tensors_fingerprint(*data.natural),
                 },
                 null_statistics=self.null_statistics,
+                labels=_translation(pl_module),
             ).save(self.evidence_path)
 
     @staticmethod
@@ -251,6 +256,15 @@ class VerificationCallback(Callback):
                 "Call trainer.predict(SuspectModule(model), datamodule=VerificationDataModule(key, data))."
             )
         return data
+
+
+def _translation(module: LightningModule) -> LabelMap | None:
+    """How a suspect's labels are translated, where it was wrapped so; see :mod:`~meadef_lightning.verification.relabelling`."""
+    suspect: Any = module
+    if isinstance(module, SuspectModule):
+        suspect = module.network[0] if module.black_box is None else module.black_box
+    translation = getattr(suspect, "translation", None)
+    return translation if isinstance(translation, LabelMap) else None
 
 
 def _check_writable(path: Path) -> None:
@@ -294,14 +308,17 @@ def verify(
     batch_size: int = 512,
     alpha: float = 1e-3,
     null_statistics: Sequence[float] | None = None,
-    reference: Responses | None = None,
+    reference: Responses | Sequence[Responses] | None = None,
     evidence_path: str | Path | None = None,
     output_key: OutputKey | None = None,
     progress_bar: bool = False,
     accelerator: str = "auto",
+    devices: int | str | Sequence[int] = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
     filler: float = 0.0,
 ) -> tuple[Verdict, Responses]:
-    """Judges one suspect on one device: the whole of verification in a call.
+    """Judges one suspect: the whole of verification in a call.
 
     Args:
         suspect: A module that maps samples to scores ``(B, K)`` or labels ``(B,)``, or a black box with ``query(x)``. A module is
@@ -318,11 +335,15 @@ def verify(
         null_statistics: Statistics of independent models under the same key.
         reference: What this function returned for a reference model, with the same key and options: a model trained without regard
             to the key, such as the owner's own without a watermark. It makes the test far more powerful where composites look
-            like a third class to any model.
+            like a third class to any model. Of several, given as a sequence, the mean is taken.
         evidence_path: Where to write the evidence.
         output_key: Where the answers are in the suspect's output; see :class:`SuspectModule`.
         progress_bar: Whether to show Lightning's progress bar.
-        accelerator: Lightning's accelerator.
+        accelerator: The Trainer's, as the next three.
+        devices: Where a module is asked; one device by default. With several processes, which must all call this, each asks its share
+            of the samples, all get the same verdict, and rank zero writes the evidence.
+        num_nodes: Number of machines.
+        strategy: How processes are joined: ``ddp``, as nothing is trained.
         filler: Share of natural filler samples among what a black box is asked.
 
     Returns:
@@ -330,7 +351,8 @@ def verify(
 
     Raises:
         ValueError: If an option, the data, or the suspect's answers do not fit.
-        MisconfigurationException: If key and data disagree on the number of classes.
+        MisconfigurationException: If key and data disagree on the number of classes, or several processes were to ask a black box, whose
+            questions have one secret order.
         OSError: If the evidence cannot be written.
     """
     asking = (samples, decoys, decoy_samples, seed, batch_size)
@@ -340,11 +362,13 @@ def verify(
         else CamouflagedDataModule(key, data, *asking, filler)
     )
     callback = VerificationCallback(key, alpha, evidence_path, null_statistics, reference)
-    devices = {weight.device for weight in suspect.parameters()} if isinstance(suspect, nn.Module) else set()
+    places = {weight.device for weight in suspect.parameters()} if isinstance(suspect, nn.Module) else set()
     with _quiet():
         trainer = Trainer(
             accelerator=accelerator,
-            devices=1,
+            devices=devices if isinstance(devices, (int, str)) else list(devices),
+            num_nodes=num_nodes,
+            strategy=strategy,
             callbacks=[callback],
             logger=False,
             enable_checkpointing=False,
@@ -353,11 +377,16 @@ def verify(
             # what a suspect caches while it answers must stay usable in a training of its own
             inference_mode=False,
         )
+        if trainer.world_size > 1 and not isinstance(suspect, nn.Module):
+            raise MisconfigurationException(
+                f"A black box is asked by one process, since its questions have one secret order; {devices=}, {num_nodes=} and {strategy=} "
+                f"make {trainer.world_size}. Leave them out."
+            )
         try:
             trainer.predict(
                 SuspectModule(suspect, key.num_classes, output_key), datamodule=questions, return_predictions=False
             )
         finally:
-            if isinstance(suspect, nn.Module) and len(devices) == 1:
-                suspect.to(devices.pop())  # Lightning leaves it on the CPU
+            if isinstance(suspect, nn.Module) and len(places) == 1:
+                suspect.to(places.pop())  # Lightning leaves it on the CPU
     return callback.verdict, callback.responses

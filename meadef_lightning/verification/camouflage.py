@@ -104,9 +104,14 @@ class CamouflagedDataModule(VerificationDataModule):
         filler: Share of natural filler samples among everything that is asked, in ``[0, 0.9]``; less where the verification split
             does not have so many.
 
+    Attributes:
+        order: What is asked, after ``setup``, int64: places in plain order, all kinds one after the other; filler lies beyond.
+
     Raises:
         ValueError: As there, or if ``filler`` is out of range.
     """
+
+    order: Tensor
 
     loaders = ("question",)
 
@@ -138,9 +143,8 @@ class CamouflagedDataModule(VerificationDataModule):
             return
         plain = super().predict_dataloader()
         parts: list[Any] = [loader.dataset for loader in plain]
-        self._sizes = [len(part) for part in parts]
         self._twice, self._once = self._repeated()
-        total, spare = sum(self._sizes), len(self.sources[0])
+        total, spare = sum(self.sizes), len(self.sources[0])
         asked = torch.ones(total, dtype=torch.bool)
         asked[self._twice] = False
         needed = int(asked.sum())
@@ -154,11 +158,11 @@ class CamouflagedDataModule(VerificationDataModule):
         self._loader = DataLoader(
             Interleaved(parts, order), batch_size=size, shuffle=False, collate_fn=plain[0].collate_fn
         )
-        self._order = order
+        self.order = order
 
     def _repeated(self) -> tuple[Tensor, Tensor]:
         """Returns the codes of triggers and controls that are decoy samples, too, and the codes of these."""
-        triggers, controls, decoys, _ = self._sizes
+        triggers, controls, decoys, _ = self.sizes
         ways = len(self.table.space.combiners)
         pair = int((self.table.pairs == torch.tensor(self.key.source_classes)).all(1).nonzero()[0])
         item = torch.arange(min(triggers, self.decoy_samples))
@@ -184,12 +188,20 @@ class CamouflagedDataModule(VerificationDataModule):
         Raises:
             ValueError: If there is not one list of answers, or it is incomplete.
         """
-        if [len(answer) for answer in answers] != [len(self._order)]:
+        if [len(answer) for answer in answers] != [len(self.order)]:
             raise ValueError(
-                f"The loader asks {len(self._order)} samples, got {[len(answer) for answer in answers]} answers."
+                f"The loader asks {len(self.order)} samples, got {[len(answer) for answer in answers]} answers."
             )
         answered = answers[0].cpu()
-        placed = answered.new_empty(sum(self._sizes) + len(self.sources[0]))
-        placed[self._order] = answered
-        placed[self._twice] = placed[self._once]
-        return super().responses(torch.split(placed[: sum(self._sizes)], self._sizes))
+        placed = answered.new_empty(sum(self.sizes) + len(self.sources[0]))
+        placed[self.order] = answered
+        return super().responses(torch.split(self.repeat(placed[: sum(self.sizes)]), self.sizes))
+
+    def repeat(self, values: Tensor) -> Tensor:
+        """Gives triggers and controls that were asked as decoys the values of these, in place.
+
+        Args:
+            values: What was found of each sample in plain order, all kinds one after the other, shape ``(sum(sizes), …)``.
+        """
+        values[self._twice] = values[self._once]
+        return values

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from meadef_lightning.verification.verdict import Decision, Responses, Verdict, judge
+from meadef_lightning.verification.verdict import Decision, Responses, Verdict, at_most, judge
 from meadef_lightning.watermark.key import WatermarkKey
 
 _LEANING = 0.01
@@ -137,7 +137,9 @@ def judge_keys(cases: Sequence[tuple[Responses, WatermarkKey]], alpha: float = 1
     decoy_p = combine_fisher([verdict.decoy_p for verdict in verdicts])
     mcnemar_p = combine_fisher([max(verdict.mcnemar_p, 1e-300) for verdict in verdicts])
     smallest_p = combine_fisher([verdict.smallest_p for verdict in verdicts])
-    decision, reason = _decide(alpha, decoy_p, smallest_p, mcnemar_p, len(verdicts))
+    numbers = f"{len(verdicts)} keys, decoy-key p = {decoy_p:.2g}, McNemar p = {mcnemar_p:.2g}, both combined by Fisher"
+    exact = all(verdict.exact for verdict in verdicts)  # one key that was picked may bring all of the product
+    decision, reason = at_most(exact, numbers, _decide(alpha, decoy_p, smallest_p, mcnemar_p, numbers))
     return JointVerdict(
         verdict=decision,
         reason=reason,
@@ -150,14 +152,13 @@ def judge_keys(cases: Sequence[tuple[Responses, WatermarkKey]], alpha: float = 1
         decoy_p=decoy_p,
         mcnemar_p=mcnemar_p,
         smallest_p=smallest_p,
-        exact=all(verdict.exact for verdict in verdicts),
+        exact=exact,
         adjusted_p=tuple(holm([verdict.decoy_p for verdict in verdicts]).tolist()),
         verdicts=verdicts,
     )
 
 
-def _decide(alpha: float, decoy_p: float, smallest_p: float, mcnemar_p: float, keys: int) -> tuple[Decision, str]:
-    numbers = f"{keys} keys, decoy-key p = {decoy_p:.2g}, McNemar p = {mcnemar_p:.2g}, both combined by Fisher"
+def _decide(alpha: float, decoy_p: float, smallest_p: float, mcnemar_p: float, numbers: str) -> tuple[Decision, str]:
     if max(decoy_p, mcnemar_p) <= alpha:
         return (
             "supported",

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from meadef_lightning.__about__ import __version__
-from meadef_lightning.verification.evidence import EvidenceError
+from meadef_lightning.verification.evidence_form import EvidenceError, is_time
 from meadef_lightning.verification.signing import check_signature, is_hex, parse, render, sign
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
 
@@ -64,6 +64,27 @@ def secret_commitment(secret: bytes) -> str:
         raise ValueError("The owner secret is empty; there is nothing to commit to.")
     label = b"meadef_lightning secret commitment 1"
     return HKDF(algorithm=SHA256(), length=32, salt=None, info=label).derive(secret).hex()
+
+
+def repeat_draw(key: WatermarkKey, secret: bytes, beacon: str) -> None:
+    """Repeats the draw of a key, of which its file only says that there was one.
+
+    By itself this shows no more than that the key was made by drawing: who tries secrets until one gives the key that he wants can repeat
+    that draw, too. What rules it out is a commitment to the secret from before the beacon existed.
+
+    Args:
+        key: The key.
+        secret: The owner secret, shown to the judge.
+        beacon: The public value that the key was drawn with.
+
+    Raises:
+        EvidenceError: If the key is not what they give; the message shows neither.
+    """
+    if WatermarkKey.draw(key.num_classes, secret, beacon, key.space) != key:
+        raise EvidenceError(
+            "The key was not drawn from this secret and beacon: "
+            + ("its file claims a draw that cannot be repeated." if key.drawn_uniformly else "it was picked by hand.")
+        )
 
 
 def timestamp_request(document: bytes) -> bytes:
@@ -192,8 +213,7 @@ class Commitment:
             raise EvidenceError(
                 f"secret.commitment differs: the commitment is about {'no' if self.secret is None else 'another'} secret."
             )
-        if WatermarkKey.draw(key.num_classes, secret, self.secret["beacon"], key.space) != key:
-            raise EvidenceError("The key was not drawn from this secret and beacon.")
+        repeat_draw(key, secret, self.secret["beacon"])
 
 
 def _mapping(value: Any, names: set[str]) -> bool:
@@ -232,7 +252,7 @@ def _is_versions(value: Any) -> bool:
 
 
 _FORM = {
-    "created": _text,
+    "created": is_time,
     "key": _is_key,
     "secret": _is_secret,
     "model": _is_model,

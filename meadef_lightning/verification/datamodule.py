@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from meadef_lightning.data.stored import Images, read_split
 from meadef_lightning.verification.statistics import DecoyTable, seeded_permutation, seeded_stream
 from meadef_lightning.verification.verdict import Responses
 from meadef_lightning.watermark.combiners import Combiner
@@ -57,7 +58,11 @@ def source_pairs(labels: Tensor, a: int, b: int, count: int, seed: int) -> tuple
     Raises:
         ValueError: If there are not enough pairs.
     """
-    sides = [(labels == c).nonzero().flatten() for c in (a, b)]
+    return _pair([(labels == c).nonzero().flatten() for c in (a, b)], a, b, count, seed)
+
+
+def _pair(sides: Sequence[Tensor], a: int, b: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """:func:`source_pairs`, with the positions of the samples of ``a`` and of ``b`` known."""
     na, nb = (len(side) for side in sides)
     if count > na * nb:
         raise ValueError(f"{na} and {nb} samples make {na * nb} different pairs, fewer than {count}.")
@@ -75,7 +80,7 @@ class _Indexed(Dataset[Batch]):
     Samplers pick items (also Lightning's distributed one), so a run can be spread over processes and put together again.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Images) -> None:
         self.x = x
 
     def __len__(self) -> int:
@@ -97,7 +102,7 @@ class _Composites(_Indexed):
     """Combined samples, made when they are asked for: item i combines ``x[first[i]]`` and ``x[second[i]]`` in way ``ways[i]``."""
 
     def __init__(
-        self, x: Tensor, first: Tensor, second: Tensor, ways: Tensor, combiners: Sequence[Combiner], seed: int
+        self, x: Images, first: Tensor, second: Tensor, ways: Tensor, combiners: Sequence[Combiner], seed: int
     ) -> None:
         super().__init__(x)
         self.first, self.second, self.ways, self.combiners, self.seed = first, second, ways, combiners, seed
@@ -106,13 +111,20 @@ class _Composites(_Indexed):
         return len(self.ways)
 
     def build(self, items: Tensor) -> Tensor:
-        a, b, ways = self.x[self.first[items]], self.x[self.second[items]], self.ways[items]
-        combined = torch.empty_like(a)
+        ways = self.ways[items]
+        combined: Tensor | None = None
         for way in sorted(set(ways.tolist())):
-            chosen = ways == way
+            chosen = (ways == way).nonzero().flatten()
             # a way that draws random numbers gets the same ones whenever the same batch is made
             start = int(seeded_stream(1, "combiner", self.seed, way, int(items[0]))[0]) >> 1
-            combined[chosen] = self.combiners[way](a[chosen], b[chosen], torch.Generator().manual_seed(start))
+            a, b = (self.x[side[items[chosen]]] for side in (self.first, self.second))
+            part: Tensor = self.combiners[way](a, b, torch.Generator().manual_seed(start))
+            if len(chosen) == len(items):
+                return part
+            combined = part.new_empty(len(items), *part.shape[1:]) if combined is None else combined
+            combined[chosen] = part
+        if combined is None:
+            raise IndexError("An empty batch was asked for.")
         return combined
 
 
@@ -132,7 +144,8 @@ class VerificationDataModule(LightningDataModule):
     * *natural*: the test split as it is.
 
     Sources come from the *verification* split only. Batches are ``(x, index)``: samples in the model's input space, and their
-    positions within the loader. A composite is made when its batch is, so memory stays at the splits plus one batch. The decoys are
+    positions within the loader. A composite is made when its batch is, so memory stays at the two splits and four times a batch;
+    splits of more than 4 GiB stay on disk (:mod:`meadef_lightning.data.stored`), and are read a batch at a time. The decoys are
     what costs: (source pairs asked) · ways · ``decoy_samples`` forwards, 23,040 for ten classes and eight ways, and about 240,000
     for a hundred classes and 999 decoys.
 
@@ -196,7 +209,7 @@ class VerificationDataModule(LightningDataModule):
                 f"The key is for {self.num_classes} classes but the data has {self.data.num_classes}. "
                 "Verify with the data of the task that the key was made for."
             )
-        self.sources, self.natural = self.data.tensors("verification"), self.data.tensors("test")
+        self.sources, self.natural = read_split(self.data, "verification"), read_split(self.data, "test")
         x, labels = self.sources
         if len(self.natural[0]) == 0:
             raise ValueError("The test split is empty; verification reports the suspect's accuracy on it.")
@@ -206,12 +219,19 @@ class VerificationDataModule(LightningDataModule):
             # a way that cannot combine this data fails here, before a query, and whether or not it is the key's
             combiner(x[:1], x[:1], torch.Generator().manual_seed(0))
 
-        def dataset(pairs: tuple[Tensor, Tensor], ways: Tensor) -> _Composites:
-            return _Composites(x, *pairs, ways, combiners, self.table.seed)
+        def dataset(paired: tuple[Tensor, Tensor], ways: Tensor) -> _Composites:
+            return _Composites(x, *paired, ways, combiners, self.table.seed)
 
-        own = source_pairs(labels, *self.key.source_classes, triggers, self.table.seed)
+        # sorted once: a search through all labels for each pair takes minutes where there are millions
+        order, ends = labels.argsort(stable=True), torch.bincount(labels, minlength=self.num_classes).cumsum(0).tolist()
+
+        def pairs(a: int, b: int, count: int) -> tuple[Tensor, Tensor]:
+            sides = [order[ends[c - 1] if c else 0 : ends[c]] for c in (a, b)]
+            return _pair(sides, a, b, count, self.table.seed)
+
+        own = pairs(*self.key.source_classes, triggers)
         others = torch.tensor([way for way in range(len(combiners)) if way != self.table.way])
-        cells = [source_pairs(labels, a, b, self.decoy_samples, self.table.seed) for a, b in self.table.pairs.tolist()]
+        cells = [pairs(a, b, self.decoy_samples) for a, b in self.table.pairs.tolist()]
         each = torch.cat([pair[0] for pair in cells]), torch.cat([pair[1] for pair in cells])
         self._datasets = (
             dataset(own, torch.full((triggers,), self.table.way)),
@@ -249,6 +269,11 @@ class VerificationDataModule(LightningDataModule):
             )
         return int(min(self.samples, n * m))
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many samples there are of each kind: trigger, control, decoy, natural; none before ``setup``."""
+        return [len(dataset) for dataset in self._datasets]
+
     def predict_dataloader(self) -> list[DataLoader[Batch]]:
         """Returns the loaders trigger, control, decoy and natural, in this order."""
         return [
@@ -265,17 +290,16 @@ class VerificationDataModule(LightningDataModule):
         Raises:
             ValueError: If there are not four, or one is incomplete.
         """
-        if [len(answer) for answer in answers] != [len(dataset) for dataset in self._datasets]:
+        if [len(answer) for answer in answers] != self.sizes:
             raise ValueError(
-                f"The loaders ask {[len(dataset) for dataset in self._datasets]} samples, got "
-                f"{[len(answer) for answer in answers]} answers."
+                f"The loaders ask {self.sizes} samples, got {[len(answer) for answer in answers]} answers."
             )
         trigger, control, decoy, natural = (answer.cpu().long() for answer in answers)
-        ways, pairs, classes = len(self.table.space.combiners), len(self.table.pairs), self.num_classes
+        ways, pairs, width = len(self.table.space.combiners), len(self.table.pairs), self.table.width
         # asked way by way, kept pair by pair
         by_cell = decoy.reshape(ways, pairs, self.decoy_samples).transpose(0, 1).reshape(pairs * ways, -1)
-        codes = by_cell + torch.arange(pairs * ways)[:, None] * classes
-        counts = torch.bincount(codes.flatten(), minlength=pairs * ways * classes).reshape(pairs * ways, classes)
+        codes = self.table.columns(by_cell) + torch.arange(pairs * ways)[:, None] * width
+        counts = torch.bincount(codes.flatten(), minlength=pairs * ways * width).reshape(pairs * ways, width)
         return Responses(
             trigger=trigger,
             control=control,

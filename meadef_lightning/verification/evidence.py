@@ -13,11 +13,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,18 +27,23 @@ import torch
 from torch import Tensor, nn
 
 from meadef_lightning.__about__ import __version__
-from meadef_lightning.verification.statistics import MAX_DECOYS, DecoyTable, seeded_permutation
+from meadef_lightning.data.stored import Images, batches
+from meadef_lightning.verification.evidence_form import (
+    LABELLED,
+    SCHEMA_VERSION,
+    EvidenceError,
+    check_form,
+    finite,
+    listed,
+)
+from meadef_lightning.verification.labels import LabelMap
+from meadef_lightning.verification.statistics import DecoyTable, seeded_permutation
 from meadef_lightning.verification.verdict import Responses, Verdict, judge
 from meadef_lightning.watermark.key import WatermarkKey
 
-SCHEMA_VERSION = 2
-"""1 ranked keys by their own cell alone (no neighbours); such evidence must be checked by the version that wrote it."""
 MAX_EVIDENCE_BYTES = 256 << 20
-_LABELLED = ("trigger", "control", "natural", "natural_labels")
-
-
-class EvidenceError(ValueError):
-    """The evidence is malformed, was changed, or belongs to another key; the message names what differs."""
+_BYTES_PER_COUNT = 3  # a digit, a comma and a space: nearly all counts are 0
+_ROWS_READ = 256
 
 
 def _canonical(value: object) -> bytes:
@@ -48,14 +52,23 @@ def _canonical(value: object) -> bytes:
 
 def _absorb(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(_bytes(tensor))
 
 
-def tensors_fingerprint(*tensors: Tensor) -> str:
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensors_fingerprint(*tensors: Images) -> str:
     """Returns the SHA-256 over dtypes, shapes and bytes of the tensors, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for position, tensor in enumerate(tensors):
-        _absorb(digest, str(position), tensor)
+        if isinstance(tensor, Tensor):
+            _absorb(digest, str(position), tensor)
+            continue
+        digest.update(_canonical([str(position), str(tensor.dtype), list(tensor.shape)]))
+        for rows in batches(tensor, _ROWS_READ):
+            digest.update(_bytes(rows))
     return digest.hexdigest()
 
 
@@ -71,12 +84,30 @@ def model_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _blinding(key: WatermarkKey, seed: int, cells: int) -> tuple[Tensor, Tensor]:
-    """Returns the secret names of the classes and the secret order of the cells."""
-    return (
-        seeded_permutation(key.num_classes, "blind classes", key.salt, seed),
-        seeded_permutation(cells, "blind cells", key.salt, seed),
-    )
+def _blinding(key: WatermarkKey, seed: int, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the secret names of the classes, and the secret order of the columns and of the cells of a table of answers."""
+    cells, width = table.shape
+    classes = seeded_permutation(key.num_classes, "blind classes", key.salt, seed)
+    columns = classes if width == len(classes) else seeded_permutation(width, "blind columns", key.salt, seed)
+    return classes, columns, seeded_permutation(cells, "blind cells", key.salt, seed)
+
+
+def check_size(table: DecoyTable, reference: bool) -> None:
+    """Refuses a verification whose evidence would be too large to be read again, before anything is asked.
+
+    Args:
+        table: The keys that are compared.
+        reference: Whether a reference model's answers go into the evidence, too.
+
+    Raises:
+        ValueError: If so; the message says how many decoys would do.
+    """
+    entries = len(table.pairs) * len(table.space.combiners) * table.width * (2 if reference else 1)
+    if _BYTES_PER_COUNT * entries > MAX_EVIDENCE_BYTES:
+        raise ValueError(
+            f"The evidence would hold {entries:.2g} counts and be larger than {MAX_EVIDENCE_BYTES >> 20} MiB, which nobody could check. "
+            f"Nothing was asked. Use fewer decoys than {table.decoys}: 999 reach p = 0.001."
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +119,8 @@ class Evidence:
         key: ``commitment`` (SHA-256), ``drawn_uniformly`` and ``num_classes``.
         model: ``sha256`` of the suspect's weights (:func:`model_fingerprint`), or null for a black box.
         data: ``verification`` and ``test``: SHA-256 of the samples and labels (:func:`tensors_fingerprint`).
-        procedure: ``alpha``, ``decoys``, ``seed`` and ``null_statistics``.
+        procedure: ``alpha``, ``decoys``, ``seed``, ``null_statistics``, and ``labels``: what the suspect's labels were taken to stand for
+            (``LabelMap.to_dict()``; the answers below are translated already), or null where they are the classes.
         answers: ``trigger``, ``control``, ``cells`` (one row of counts a cell) and ``reference`` (the same of a reference model, or
             null), all with blinded classes; ``natural`` and
             ``natural_labels`` as they are.
@@ -119,6 +151,7 @@ class Evidence:
         model_sha256: str | None,
         data_sha256: Mapping[str, str],
         null_statistics: Sequence[float] | None = None,
+        labels: LabelMap | None = None,
     ) -> Evidence:
         """Makes the evidence of a verdict.
 
@@ -129,8 +162,9 @@ class Evidence:
             model_sha256: Fingerprint of the suspect; ``None`` if only its answers are known.
             data_sha256: Fingerprints of the splits ``verification`` and ``test``.
             null_statistics: What ``judge`` was given.
+            labels: How the suspect's answers were translated into classes, if they were.
         """
-        classes, order = _blinding(key, responses.seed, len(responses.counts))
+        classes, columns, order = _blinding(key, responses.seed, responses.counts)
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -143,6 +177,7 @@ class Evidence:
                 "decoys": responses.decoys,
                 "seed": responses.seed,
                 "null_statistics": None if null_statistics is None else [float(value) for value in null_statistics],
+                "labels": None if labels is None else labels.to_dict(),
             },
             "verdict": verdict.to_dict(),
             "versions": {
@@ -154,11 +189,11 @@ class Evidence:
             "answers": {
                 "trigger": classes[responses.trigger].tolist(),
                 "control": classes[responses.control].tolist(),
-                # column c of the file is the class that is named c; row r is cell order[r]
-                "cells": responses.counts[order][:, classes.argsort()].tolist(),
+                # column c of the file is the class that is named c, or of many classes in an order of its own; row r is cell order[r]
+                "cells": responses.counts[order][:, columns.argsort()].tolist(),
                 "reference": None
                 if responses.reference is None
-                else responses.reference[order][:, classes.argsort()].tolist(),
+                else responses.reference[order][:, columns.argsort()].tolist(),
                 "natural": responses.natural.tolist(),
                 "natural_labels": responses.natural_labels.tolist(),
             },
@@ -194,6 +229,19 @@ class Evidence:
             ) from error
         return path
 
+    @property
+    def labels(self) -> LabelMap | None:
+        """What the suspect's labels were taken to stand for, derived again from the counts; ``None`` where they are the classes.
+
+        Raises:
+            EvidenceError: If the recorded map does not follow from them.
+        """
+        recorded = self.procedure["labels"]
+        try:
+            return None if recorded is None else LabelMap.from_dict(recorded, self.key["num_classes"])
+        except ValueError as error:
+            raise EvidenceError(f"procedure.labels cannot be used: {error}.") from error
+
     @classmethod
     def load(cls, path: str | Path) -> Evidence:
         """Reads an evidence file, which may come from anybody, and checks its form (not yet its content).
@@ -223,11 +271,11 @@ class Evidence:
         if len(text) > MAX_EVIDENCE_BYTES:
             raise EvidenceError(f"{name} is larger than {MAX_EVIDENCE_BYTES} bytes; this is not evidence of ours.")
         try:
-            content = json.loads(text.decode(), parse_float=_finite, parse_constant=_finite)
+            content = json.loads(text.decode(), parse_float=finite, parse_constant=finite)
         except (ValueError, RecursionError) as error:
             raise EvidenceError(f"{name} is not evidence: it is not valid JSON ({error}).") from error
         try:
-            _check_form(content)
+            check_form(content)
         except EvidenceError as error:
             raise EvidenceError(f"{name} is not evidence of this form: {error}") from error
         return cls(**content)
@@ -249,16 +297,19 @@ class Evidence:
             raise EvidenceError(
                 "key.commitment differs: the evidence is about another key, or was changed. Use the key that was verified."
             )
+        for name in ("drawn_uniformly", "num_classes"):
+            if self.key[name] != getattr(key, name):
+                raise EvidenceError(
+                    f"key.{name} differs: the evidence says something else of the key than the key itself."
+                )
         content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seal"}
         expected = _seal(content, key)
         changed = [
             name for name in sorted(expected.keys() | self.seal.keys()) if expected.get(name) != self.seal.get(name)
         ]
         if changed:
-            raise EvidenceError(
-                f"The evidence was changed after it was made. Fields that differ: {', '.join(changed)}."
-            )
-        procedure = self.procedure
+            raise EvidenceError(f"The evidence was changed after it was made. Fields that differ: {listed(changed)}.")
+        procedure, _ = self.procedure, self.labels
         try:
             verdict = judge(self._responses(key), key, procedure["alpha"], procedure["null_statistics"])
         except ValueError as error:
@@ -274,26 +325,29 @@ class Evidence:
     def _responses(self, key: WatermarkKey) -> Responses:
         """Undoes the blinding."""
         decoys, seed = self.procedure["decoys"], self.procedure["seed"]
-        cells = DecoyTable(key, decoys, seed).cells
+        plan = DecoyTable(key, decoys, seed)
+        cells, shape = plan.cells, (len(plan.cells), plan.width)
         counts = torch.tensor(self.answers["cells"], dtype=torch.int64)
-        labels = {name: torch.tensor(self.answers[name], dtype=torch.int64) for name in _LABELLED}
-        classes, order = _blinding(key, seed, len(cells))
+        labels = {name: torch.tensor(self.answers[name], dtype=torch.int64) for name in LABELLED}
+        classes, columns, order = _blinding(key, seed, torch.empty(shape))
         named = classes.argsort()
         known = self.answers["reference"]
         reference = None if known is None else torch.tensor(known, dtype=torch.int64)
         for name, table in (("cells", counts), ("reference", reference)):
             if table is not None and len(table) != len(cells):
                 raise ValueError(f"answers.{name} must have {len(cells)} rows, got {len(table)}.")
+            if table is not None and tuple(table.shape) != shape:
+                raise ValueError(f"answers.{name} must have {shape[1]} columns, got {tuple(table.shape)[1:]}.")
         return Responses(
             trigger=named[labels["trigger"]],
             control=named[labels["control"]],
             cells=cells,
-            counts=counts[order.argsort()][:, classes],
+            counts=counts[order.argsort()][:, columns],
             natural=labels["natural"],
             natural_labels=labels["natural_labels"],
             decoys=decoys,
             seed=seed,
-            reference=None if reference is None else reference[order.argsort()][:, classes],
+            reference=None if reference is None else reference[order.argsort()][:, columns],
         )
 
 
@@ -331,84 +385,3 @@ def _coarse(values: Mapping[str, Any]) -> dict[str, Any]:
     """Rounds every number to nine digits: another version of SciPy may differ in the last ones."""
     value: dict[str, Any] = json.loads(json.dumps(values), parse_float=lambda text: f"{float(text):.9g}")
     return value
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text:.20} is not a finite number")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= 1e300
-
-
-def _is_flat(value: object) -> bool:
-    values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
-    return not any(isinstance(inner, list | dict) for inner in values)
-
-
-def _is_hash(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
-
-
-def _integer(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}"
-
-
-_COUNT = _integer(0, 1 << 20)
-_HASH = (_is_hash, "64 hexadecimal digits")
-_TEXT = (lambda value: isinstance(value, str), "a string")
-_LABELS = (lambda value: isinstance(value, list) and all(map(_COUNT[0], value)), "a list of classes")
-_ROWS = (lambda value: isinstance(value, list) and all(map(_LABELS[0], value)), "a list of rows of counts")
-_NUMBERS = (lambda value: value is None or (isinstance(value, list) and all(map(_is_number, value))), "numbers or null")
-_FLAT = (_is_flat, "a value, or a list or object of values")
-_FORM: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "schema_version": (
-        _integer(SCHEMA_VERSION, SCHEMA_VERSION)[0],
-        f"{SCHEMA_VERSION}, which this package derives; check evidence of another version with the package version that it names",
-    ),
-    "created": _TEXT,
-    "key.commitment": _HASH,
-    "key.drawn_uniformly": (lambda value: type(value) is bool, "true or false"),
-    "key.num_classes": _integer(3, 1 << 20),
-    "model.sha256": (lambda value: value is None or _is_hash(value), "64 hexadecimal digits or null"),
-    "data.verification": _HASH,
-    "data.test": _HASH,
-    "procedure.alpha": (_is_number, "a finite number"),
-    "procedure.decoys": _integer(1, MAX_DECOYS),
-    "procedure.seed": _integer(0, (1 << 63) - 1),
-    "procedure.null_statistics": _NUMBERS,
-    "answers.cells": _ROWS,
-    "answers.reference": (lambda value: value is None or _ROWS[0](value), "a list of rows of counts, or null"),
-    **{f"answers.{name}": _LABELS for name in _LABELLED},
-    # the verdict is derived again and compared, so all that matters here is that it can be
-    **{f"verdict.{field.name}": _FLAT for field in fields(Verdict)},
-    **{f"versions.{name}": _TEXT for name in ("package", "torch", "lightning", "python")},
-    "seal": (lambda value: isinstance(value, dict) and all(map(_is_hash, value.values())), "hashes by field"),
-}
-
-
-def _check_form(content: Any) -> None:
-    """Checks names, types and ranges of parsed JSON that may be hostile; raises ``EvidenceError`` naming the field."""
-    sections = {path.partition(".")[0] for path in _FORM if "." in path}
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in sections):
-        raise EvidenceError(f"it must be an object with the objects {', '.join(sorted(sections))}.")
-    fits, what = _FORM["schema_version"]  # first: evidence of another version may well have other fields
-    if "schema_version" in content and not fits(content["schema_version"]):
-        raise EvidenceError(f"schema_version must be {what}.")
-    found = {name for name in content if name not in sections}
-    found |= {f"{name}.{part}" for name in sections for part in content[name]}
-    if wrong := sorted(found ^ _FORM.keys()):
-        raise EvidenceError(f"missing or unknown fields: {', '.join(wrong)[:500]}.")
-    for path, (fits, what) in _FORM.items():
-        section, _, part = path.partition(".")
-        if not fits(content[section][part] if part else content[section]):
-            raise EvidenceError(f"{path} must be {what}.")
-    classes, answers = content["key"]["num_classes"], content["answers"]
-    for name in _LABELLED:
-        if max(answers[name], default=0) >= classes:
-            raise EvidenceError(f"answers.{name} holds classes above {classes - 1}.")
-    for name in ("cells", "reference"):
-        if any(len(row) != classes for row in answers[name] or ()):
-            raise EvidenceError(f"answers.{name} must have rows of key.num_classes = {classes} counts.")

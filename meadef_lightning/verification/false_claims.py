@@ -7,7 +7,8 @@ here follow from what a protocol leaves to the accuser if nobody holds him to it
 
 1. *Key grinding* (:class:`KeyGrinding`): draws keys from G secrets and keeps the one that looks best. On the suspect's own answers, if
    nothing had been committed to before; or on his surrogates, before he commits: some composites look like a third class to any model.
-2. *Hand-picked key* (:func:`pick_key`): the best key of the whole space, chosen with the suspect in view, no secret at all.
+2. *Hand-picked key* (:func:`pick_key`): the best key of the whole space, chosen with the suspect in view, no secret at all. Its verdict is
+   *inconclusive* at most, unless its file claims a draw and nobody repeats it.
 3. *Crafted source images*, with an honestly drawn key: :mod:`~meadef_lightning.verification.crafted_sources`.
 4. *Rigged reference* (:class:`RiggedReference`): supplies the reference model, an ensemble of surrogates that avoids the target, so that
    what any model answers seems to be the suspect's own.
@@ -19,7 +20,8 @@ here follow from what a protocol leaves to the accuser if nobody holds him to it
 **Pitfalls** (what holds the level, and what does not). The decoy-key p-value is valid for *one* key that nobody could steer, judged on images and with a
 reference that the accuser did not make. A commitment alone does not stop grinding, since it is done before; a beacon that is
 published after the commitment does. Correcting for G tries (Bonferroni, ``min(1, G·p)``) is valid too, but G must be known, and in a space of 5,760
-keys six tries leave nothing to claim at .001. ``drawn_uniformly`` in a key file is the owner's word: a judge draws the key again from secret and beacon.
+keys six tries leave nothing to claim at .001. ``drawn_uniformly`` in a key file is the owner's word: a judge draws the key again from secret and beacon
+(``meadef key check``, :func:`~meadef_lightning.verification.commitment.repeat_draw`).
 """
 
 from __future__ import annotations

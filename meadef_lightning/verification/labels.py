@@ -23,25 +23,28 @@ enter. Suspect and map together are one more classifier, fixed before any compos
 independent of the key, so is this classifier, and the key's rank among all keys is as uniform as it was. A wrong map costs
 power, never the level.
 
+**Evidence.** The map follows from the counts of step 1 alone, which tell nothing of a key. They are written down with it, so that who checks
+the evidence derives it again (:meth:`LabelMap.from_dict`). A judge who asks with his own images counts anew.
+
 **Pitfalls.** Do not choose between maps, or between a map and none, by the verdict that they lead to: decide before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
 from meadef_lightning.oracle.ledger import row_digests
-from meadef_lightning.verification.callback import INVALID, Queryable, answered_labels
 
 MOST_LABELS: Final = 100_000
+MOST_COUNTS: Final = 1 << 24
+"""Labels times classes: evidence that needs more memory than this to be checked is none."""
 _UNUSED = 0.05
 
 
@@ -53,11 +56,14 @@ class LabelMap:
         classes: For each label the classes it stands for, bool, shape ``(labels, classes)``; at least one each.
         agreement: Share of the natural samples whose answer stands for their class, in ``[0, 1]``.
         samples: Number of natural samples.
+        counts: How often each label was answered to each class, int64, shape ``(labels, classes)``: what the map was estimated from;
+            ``None`` for one that was made otherwise.
     """
 
     classes: Tensor
     agreement: float
     samples: int
+    counts: Tensor | None = None
 
     @property
     def merged(self) -> tuple[tuple[int, ...], ...]:
@@ -126,13 +132,58 @@ class LabelMap:
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the map as JSON values."""
+        """Returns the map as JSON values; of the counts, those above 0 as label, class and count."""
+        counts = None
+        if self.counts is not None:
+            places = self.counts.nonzero()
+            counts = torch.cat([places, self.counts[places[:, 0], places[:, 1]][:, None]], dim=1).tolist()
         return {
             "kind": self.kind,
             "classes": [row.nonzero().flatten().tolist() for row in self.classes],
             "agreement": self.agreement,
             "samples": self.samples,
+            "counts": counts,
         }
+
+    @classmethod
+    def from_dict(cls, value: Any, num_classes: int) -> LabelMap:
+        """Reads what :meth:`to_dict` returned, which may come from anybody, and derives the map again from its counts.
+
+        Args:
+            value: JSON values.
+            num_classes: Classes of the task.
+
+        Raises:
+            ValueError: If it has another form, or the map does not follow from the counts; the message names the field.
+        """
+        names = {"kind", "classes", "agreement", "samples", "counts"}
+        if not isinstance(value, Mapping) or value.keys() != names:
+            raise ValueError(f"a map of labels has the fields {', '.join(sorted(names))}")
+        labels, rows = len(value["classes"]) if isinstance(value["classes"], list) else 0, value["counts"]
+        if not 1 <= labels <= MOST_LABELS or labels * num_classes > MOST_COUNTS:
+            raise ValueError(f"classes must list the classes of 1 to {MOST_LABELS} labels")
+        limits = (labels, num_classes, (1 << 30) + 1)
+        if not isinstance(rows, list) or not rows or not all(_is_count(row, limits) for row in rows):
+            raise ValueError(
+                f"counts must be a list of label, class and count, with {labels} labels and {num_classes} classes"
+            )
+        counts = torch.zeros(labels, num_classes, dtype=torch.int64)
+        label, answered, count = torch.tensor(rows, dtype=torch.int64).unbind(1)
+        found = estimate(counts.index_put_((label, answered), count), sys.float_info.min)
+        made = found.to_dict()
+        if wrong := sorted(name for name in names if made[name] != value[name]):
+            raise ValueError(f"the map does not follow from its counts. Fields that differ: {', '.join(wrong)}")
+        return found
+
+
+def _is_count(row: object, limits: tuple[int, int, int]) -> bool:
+    """Whether a row is a label, a class and a count above 0."""
+    return (
+        isinstance(row, list)
+        and len(row) == 3
+        and all(type(number) is int and 0 <= number < limit for number, limit in zip(row, limits, strict=True))
+        and row[2] > 0
+    )
 
 
 def align_labels(
@@ -156,7 +207,8 @@ def align_labels(
         The map.
 
     Raises:
-        ValueError: If shapes or ranges are wrong, the agreement is below the bound, or one label stands for all classes.
+        ValueError: If shapes or ranges are wrong, there are too many classes, the agreement is below the bound, or one label stands
+            for all classes.
     """
     if not 0 < minimum_agreement <= 1:
         raise ValueError(f"minimum_agreement={minimum_agreement} must lie in (0, 1].")
@@ -175,21 +227,39 @@ def align_labels(
             f"natural_answers must lie in 0 to {min(labels, MOST_LABELS) - 1}, got {int(answers.min())} to "
             f"{int(answers.max())}. A suspect that gives no valid answer to natural samples cannot be judged."
         )
-    table = torch.bincount(answers * num_classes + truth, minlength=labels * num_classes).reshape(labels, num_classes)
-    classes = _matched(table)
-    agreement = float(table[classes].sum()) / len(answers)
-    if bool((classes.all(dim=1) & (table.sum(dim=1) > 0)).any()):
+    if labels * num_classes > MOST_COUNTS:
+        raise ValueError(
+            f"{labels} labels and {num_classes} classes make too large a table to tell which stands for which, more than {MOST_COUNTS:.2g} "
+            "entries. Give the suspect's numbering yourself: wrap it in a function that answers with classes of the task."
+        )
+    counts = torch.bincount(answers * num_classes + truth, minlength=labels * num_classes)
+    return estimate(counts.reshape(labels, num_classes), minimum_agreement)
+
+
+def estimate(counts: Tensor, minimum_agreement: float) -> LabelMap:
+    """Estimates the map from counts; see the algorithm above.
+
+    Args:
+        counts: How often each label was answered to each class, int64, shape ``(labels, classes)``, at least one answer.
+        minimum_agreement: As for :func:`align_labels`.
+
+    Raises:
+        ValueError: If the agreement is below the bound, or one label stands for all classes.
+    """
+    classes, samples = _matched(counts), int(counts.sum())
+    agreement = float(counts[classes].sum()) / samples
+    if bool((classes.all(dim=1) & (counts.sum(dim=1) > 0)).any()):
         raise ValueError(
             "The suspect answers natural samples of all classes with one label, which says nothing about a key. Check that it takes "
             "inputs like these (normalisation, size, channels)."
         )
     if agreement < minimum_agreement:
         raise ValueError(
-            f"The suspect's labels cannot be told: matched as well as possible with the {num_classes} classes, {agreement:.1%} of its "
-            f"{len(answers)} natural answers are right, fewer than {minimum_agreement:.0%}. Check that it takes inputs like these "
+            f"The suspect's labels cannot be told: matched as well as possible with the {counts.shape[1]} classes, {agreement:.1%} of its "
+            f"{samples} natural answers are right, fewer than {minimum_agreement:.0%}. Check that it takes inputs like these "
             "(normalisation, size, channels), or name its labels yourself."
         )
-    return LabelMap(classes, agreement, len(answers))
+    return LabelMap(classes, agreement, samples, counts)
 
 
 def _matched(table: Tensor) -> Tensor:
@@ -209,123 +279,3 @@ def _matched(table: Tensor) -> Tensor:
     classes[left & (answered > 0), table.argmax(dim=1)[left & (answered > 0)]] = True
     classes[left & (answered == 0)] = True
     return classes
-
-
-class RelabelledModule(nn.Module):
-    """A model whose answers are translated; its state tells the map, so that a fingerprint covers it.
-
-    Args:
-        model: Maps samples to scores ``(B, labels)`` or labels ``(B,)``.
-        labels: What its labels stand for.
-    """
-
-    def __init__(self, model: nn.Module, labels: LabelMap) -> None:
-        super().__init__()
-        self.model, self.labels = model, labels
-        self.register_buffer("label_map", labels.classes)
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        """Answers with classes of the task, int64, shape ``(B,)``; ``INVALID`` where the model gives no valid answer."""
-        return self.labels(_told(self.model(x), len(x)), x)
-
-
-class RelabelledBlackBox:
-    """The same for a black box.
-
-    Args:
-        black_box: Anything with ``query(x)``.
-        labels: What its labels stand for.
-    """
-
-    def __init__(self, black_box: Queryable, labels: LabelMap) -> None:
-        self.black_box, self.labels = black_box, labels
-
-    def query(self, x: Tensor) -> Tensor:
-        """Answers with classes of the task, int64, shape ``(B,)``; ``INVALID`` where there is no valid answer."""
-        return self.labels(_told(self.black_box.query(x), len(x)), x)
-
-
-def relabelled(
-    suspect: nn.Module | Queryable,
-    natural: tuple[Tensor, Tensor],
-    num_classes: int,
-    *,
-    batch_size: int = 512,
-    per_class: int = 50,
-    minimum_agreement: float = 0.5,
-    device: torch.device | str | None = None,
-) -> tuple[nn.Module | Queryable, LabelMap]:
-    """Asks a suspect natural samples, and translates its labels from then on.
-
-    Args:
-        suspect: A module that maps samples to scores or labels, or a black box with ``query(x)``.
-        natural: Natural samples ``(N, C, *spatial)`` and their true classes ``(N,)``.
-        num_classes: Classes of the task.
-        batch_size: Samples asked at once.
-        per_class: Samples asked of each class, at most: the first ones. A service sees them before anything else, so they are few.
-        minimum_agreement: See :func:`align_labels`.
-        device: Where a module is asked; by default where it is.
-
-    Returns:
-        The suspect with classes of the task as answers, and the map.
-
-    Raises:
-        ValueError: If it gives no valid answers, or its labels cannot be told.
-    """
-    if per_class < 1 or batch_size < 1:
-        raise ValueError(f"per_class={per_class} and batch_size={batch_size} must be at least 1.")
-    x, truth = _first(*natural, per_class)
-    answers, widths = [], set[int | None]()
-    with _ready(suspect, device) as ask:
-        for batch in torch.split(x, batch_size):
-            answer = ask(batch)
-            answers.append(_told(answer, len(batch)).cpu())
-            widths.add(answer.shape[1] if answer.ndim == 2 else None)
-    if len(widths) != 1:
-        raise ValueError("The suspect answers some batches with other numbers of labels than others.")
-    told = torch.cat(answers)
-    if invalid := int((told == INVALID).sum()):
-        raise ValueError(
-            f"The suspect gave no valid answer (NaN, or a label that is none) to {invalid} of {len(told)} natural samples. Check its "
-            "weights, and that it takes inputs normalised like this data."
-        )
-    labels = align_labels(told, truth, num_classes, num_labels=widths.pop(), minimum_agreement=minimum_agreement)
-    if isinstance(suspect, nn.Module):
-        return RelabelledModule(suspect, labels), labels
-    return RelabelledBlackBox(suspect, labels), labels
-
-
-def _first(x: Tensor, truth: Tensor, per_class: int) -> tuple[Tensor, Tensor]:
-    """The first samples of each class, in their order."""
-    order = truth.argsort(stable=True)
-    counts = torch.bincount(truth)
-    place = torch.arange(len(truth)) - (counts.cumsum(0) - counts)[truth[order]]
-    chosen = order[place < per_class].sort().values
-    return x[chosen], truth[chosen]
-
-
-def _told(answers: Any, samples: int) -> Tensor:
-    """The labels that a suspect answered, of whatever number."""
-    wide = isinstance(answers, Tensor) and answers.ndim == 2
-    return answered_labels(answers, samples, answers.shape[1] if wide else MOST_LABELS)
-
-
-@contextmanager
-def _ready(suspect: nn.Module | Queryable, device: torch.device | str | None) -> Iterator[Any]:
-    """Asks a black box as it is, a module in eval mode, without gradients, and afterwards where and as it was."""
-    if not isinstance(suspect, nn.Module):
-        yield suspect.query
-        return
-    training = [module for module in suspect.modules() if module.training]
-    like = next(iter(suspect.parameters()), None)
-    home = torch.device("cpu") if like is None else like.device
-    place = home if device is None else torch.device(device)
-    try:
-        suspect.eval().to(place)
-        with torch.no_grad():
-            yield lambda x: suspect(x.to(place))
-    finally:
-        suspect.to(home)
-        for module in training:
-            module.training = True

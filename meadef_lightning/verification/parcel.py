@@ -16,7 +16,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from meadef_lightning.verification.evidence import MAX_EVIDENCE_BYTES, EvidenceError
+from meadef_lightning.verification.evidence import MAX_EVIDENCE_BYTES
+from meadef_lightning.verification.evidence_form import EvidenceError
 from meadef_lightning.verification.signing import MAX_DOCUMENT_BYTES
 
 MANIFEST, EVIDENCE, COMMITMENT = "manifest.json", "evidence.json", "watermark.commitment.json"
@@ -29,6 +30,8 @@ MEMBERS = {
     KEY: MAX_DOCUMENT_BYTES,
 }
 """The files of a bundle and the most bytes of each, in the order in which a zip holds them."""
+_END = struct.Struct("<4s4H2LH")  # a zip's end record, without a comment
+_MAX_DIRECTORY = 4096
 MAX_BUNDLE_BYTES = sum(MEMBERS.values()) + (1 << 16)
 
 
@@ -51,6 +54,12 @@ def unpack(data: bytes) -> dict[str, bytes]:
         EvidenceError: If it is not, byte for byte, what :func:`pack` makes of its files; names what is wrong.
     """
     files: dict[str, bytes] = {}
+    end = _END.unpack(data[-_END.size :]) if len(data) >= _END.size else (b"",) * 8
+    if end[0] != b"PK\5\6" or end[5] > _MAX_DIRECTORY:
+        # a list of millions of members would fill the memory before the first name is looked at
+        raise EvidenceError(
+            "The bundle is not a readable zip file: it does not end with the short list of members of a bundle."
+        )
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             starts = []

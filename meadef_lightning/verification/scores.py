@@ -39,34 +39,44 @@ FEW_NEIGHBOURS = 8
 """Fewer neighbours than these weigh accordingly less."""
 
 
-def possible_targets(pairs: Tensor, num_classes: int) -> Tensor:
-    """Marks the classes that are no source of a pair, shape ``(pairs, num_classes)``, bool: a key's target is one of them."""
-    classes = torch.arange(num_classes)
-    return (classes != pairs[:, :1]) & (classes != pairs[:, 1:])
+def possible_targets(pairs: Tensor, classes: int | Tensor) -> Tensor:
+    """Marks the classes that are no source of a pair, bool, shape ``(pairs, classes)``: a key's target is one of them.
+
+    Args:
+        pairs: Classes of the first and second source, int64, shape ``(pairs, 2)``.
+        classes: How many classes there are, or which of them are looked at, int64 ``(K,)``.
+    """
+    columns = torch.arange(classes) if isinstance(classes, int) else classes
+    return (columns != pairs[:, :1]) & (columns != pairs[:, 1:])
 
 
-def key_scores(shares: Tensor, pairs: Tensor, weight: float = NEIGHBOUR_WEIGHT) -> Tensor:
+def key_scores(
+    shares: Tensor, pairs: Tensor, weight: float = NEIGHBOUR_WEIGHT, classes: Tensor | None = None
+) -> Tensor:
     """Computes the statistic of every key of the asked source pairs; see the algorithm above.
 
     Args:
-        shares: Share of answers of each cell, ``[i, c, t]`` for pair i, way c and class t; float64, shape ``(pairs, ways, classes)``,
-            ``ways >= 2``. A reference model's may have been subtracted.
+        shares: Share of answers of each cell, ``[i, c, t]`` for pair i, way c and class t; float64, shape ``(pairs, ways, K)``,
+            ``ways >= 2``. A reference model's may have been subtracted. A key's statistic needs the column of its target only.
         pairs: Classes of the first and second source, int64, shape ``(pairs, 2)``, each pair once.
         weight: Weight of each neighbourhood, at least 0; 0 compares the key's own cell with its controls alone.
+        classes: Classes of the columns, int64 ``(K,)``; by default 0, 1, …
 
     Returns:
-        T, float64, shape ``(pairs, ways, classes)``; it means nothing where the class is one of the pair's sources. Shares in
+        T, float64, shape ``(pairs, ways, K)``; it means nothing where the class is one of the pair's sources. Shares in
         ``[0, 1]`` give values in ``[-1, 1]``.
     """
-    _, ways, classes = shares.shape
-    valid = possible_targets(pairs, classes)[:, None, :].to(shares.dtype)
+    _, ways, columns = shares.shape
+    valid = possible_targets(pairs, columns if classes is None else classes)[:, None, :].to(shares.dtype)
     shares = shares * valid
     deviation = (shares - shares.sum(0) / valid.sum(0).clamp_min(1)) * valid
 
     def neighbours(source: Tensor) -> Tensor:
         """Adds up the other pairs that have the same class in this place."""
-        total = shares.new_zeros(classes, ways, classes).index_add_(0, source, deviation)[source] - deviation
-        others = shares.new_zeros(classes, 1, classes).index_add_(0, source, valid)[source] - 1
+        # rows for the sources that occur only: of a million classes a thousand do
+        names, row = torch.unique(source, return_inverse=True)
+        total = shares.new_zeros(len(names), ways, columns).index_add_(0, row, deviation)[row] - deviation
+        others = shares.new_zeros(len(names), 1, columns).index_add_(0, row, valid)[row] - 1
         return total / others.clamp_min(FEW_NEIGHBOURS)
 
     own = (ways * shares - shares.sum(1, keepdim=True)) / (ways - 1)

@@ -13,10 +13,11 @@
 
    Under H₀ this is a test supermartingale that starts at 1, so by Ville's inequality it *ever* reaches 1/alpha with probability
    alpha at most: looking after each pair, and stopping at will, costs nothing.
-4. Ask triggers and controls mixed in random order, batch by batch; stop at e >= 1/alpha or when the budget is spent.
+4. Ask triggers and controls mixed in secret random order, batch by batch; stop at e >= 1/alpha or when the budget is spent. A black box is
+   asked other composites and natural samples among them, so that its owner does not see which two classes and which way are meant.
 
 **Cost.** A perfect copy is noticed at alpha = 10⁻³ after 13 pairs, 26 queries. With WSR 70 % and WFPR 10 %, and answers independent
-of each other, half of all runs end within 23 pairs and nine in ten within 35.
+of each other, half of all runs end within 23 pairs and nine in ten within 35. Cover doubles the queries of a pair to four.
 
 **Pitfalls.** H₀ is about this key's way of combining against other ways. A model that by itself sees the target in composites of
 this way violates it without being a copy, and the answers of one model may go together. So this screens: it says whether the
@@ -28,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ from meadef_lightning.verification.datamodule import SourceData, VerificationDat
 from meadef_lightning.verification.statistics import seeded_permutation
 from meadef_lightning.watermark.key import WatermarkKey
 
+_MOST_DECOYS = 999
 SCREENING_NOTE = "A screening note, not a verdict: it compares the key's way of combining with other ways only. Verify with decoy keys before a claim."
 
 
@@ -105,7 +107,7 @@ class SequentialResult:
         pairs: Pairs of a trigger and a control that were asked.
         only_trigger: Pairs in which only the trigger was answered with the target.
         only_control: Pairs in which only the control was.
-        queries: Samples the suspect answered, two a pair.
+        queries: Samples the suspect answered, two a pair and the cover.
         note: What this is worth.
     """
 
@@ -170,6 +172,8 @@ class SequentialTest:
         batch_pairs: Pairs asked at once, at least 1; the test can stop after each batch.
         seed: The verifier's seed: it pairs the sources and mixes the order.
         prior: See :func:`log_e_value`; (1, 1) is uniform.
+        cover: Samples that a black box is asked beside every pair, in turn composites of other classes and natural samples, each once,
+            as long as there are any. They count as queries and towards the budget; their answers are not used.
 
     Raises:
         ValueError: If a number is out of range.
@@ -184,16 +188,21 @@ class SequentialTest:
         batch_pairs: int = 8,
         seed: int = 0,
         prior: tuple[float, float] = (1.0, 1.0),
+        cover: int = 2,
     ) -> None:
-        if budget < 2 or batch_pairs < 1:
+        if budget < 2 or batch_pairs < 1 or cover < 0:
             raise ValueError(
-                f"budget={budget} must be at least 2 queries, a pair, and batch_pairs={batch_pairs} at least 1."
+                f"budget={budget} must be at least 2 queries, a pair, batch_pairs={batch_pairs} at least 1 and cover={cover} at least 0."
             )
         sequential_test([], alpha)
         log_e_value(0, 0, prior)
         self.key, self.alpha, self.batch_pairs, self.seed, self.prior = key, alpha, batch_pairs, seed, prior
-        # the other keys' cells are planned but never asked here
-        self.questions = VerificationDataModule(key, data, samples=budget // 2, decoys=1, decoy_samples=2, seed=seed)
+        self.budget, self.cover = budget, cover
+        # the other keys' cells are cover, and else planned but never asked
+        decoys = max(1, min(budget * cover // 2, _MOST_DECOYS))
+        self.questions = VerificationDataModule(
+            key, data, samples=budget // 2, decoys=decoys, decoy_samples=2, seed=seed
+        )
 
     def run(self, suspect: nn.Module | Queryable, output_key: OutputKey | None = None) -> SequentialResult:
         """Asks until the evidence suffices or the budget is spent.
@@ -209,19 +218,46 @@ class SequentialTest:
         """
         self.questions.prepare_data()
         self.questions.setup("predict")
-        with _evaluated(suspect):
-            return sequential_test(
-                self._ask(SuspectModule(suspect, self.key.num_classes, output_key)), self.alpha, self.prior
+        cover = 0 if isinstance(suspect, nn.Module) else self.cover
+        pairs = min(self.questions.sizes[0], self.budget // (2 + cover))
+        if pairs == 0:
+            raise ValueError(
+                f"budget={self.budget} does not pay for one pair and its cover, {2 + cover} queries. Raise it, or lower cover={cover}."
             )
+        asked: list[int] = []
+        with _evaluated(suspect):
+            result = sequential_test(
+                self._ask(SuspectModule(suspect, self.key.num_classes, output_key), pairs, cover, asked),
+                self.alpha,
+                self.prior,
+            )
+        return replace(result, queries=sum(asked))
 
-    def _ask(self, suspect: SuspectModule) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the hits of one batch of triggers and of their controls after the other."""
-        trigger, control = (loader.dataset for loader in self.questions.predict_dataloader()[:2])
+    def _cover(self) -> tuple[Tensor, Tensor]:
+        """Returns the decoys and the natural samples that may be cover, each in a secret order, as items of their data sets."""
+        table, sizes = self.questions.table, self.questions.sizes
+        decoys = seeded_permutation(sizes[2], "cover", self.key.salt, self.seed)
+        # the key's own classes would tell more, and some of their composites are triggers
+        own = (table.pairs == torch.tensor(self.key.source_classes)).all(1)[decoys // 2 % len(table.pairs)]
+        return decoys[~own], seeded_permutation(sizes[3], "cover natural", self.key.salt, self.seed)
+
+    def _ask(self, suspect: SuspectModule, pairs: int, cover: int, asked: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the hits of one batch of triggers and of their controls after the other; notes the size of each."""
+        trigger, control, decoy, natural = (loader.dataset for loader in self.questions.predict_dataloader())
         device = next((weight.device for weight in suspect.parameters()), torch.device("cpu"))
-        pairs = len(trigger)  # type: ignore[arg-type]
+        composites, plain = self._cover() if cover else (torch.zeros(0), torch.zeros(0))
         for start in range(0, pairs, self.batch_pairs):
             items = list(range(start, min(start + self.batch_pairs, pairs)))
-            x = torch.cat([dataset.__getitems__(items)[0] for dataset in (trigger, control)])  # type: ignore[attr-defined]
+            # item by item in turn; a composite first
+            first, last = start * cover, (start + len(items)) * cover
+            asking = [
+                (trigger, items),
+                (control, items),
+                (decoy, composites[(first + 1) // 2 : (last + 1) // 2].tolist()),
+                (natural, plain[first // 2 : last // 2].tolist()),
+            ]
+            x = torch.cat([dataset.__getitems__(chosen)[0] for dataset, chosen in asking if chosen])  # type: ignore[attr-defined]
+            asked.append(len(x))
             order = seeded_permutation(len(x), "sequential", self.key.salt, self.seed, start)
             answers = suspect.select(suspect(x[order].to(device)))
             labels = answered_labels(answers, len(x), self.key.num_classes).cpu()[order.argsort()]
@@ -231,7 +267,7 @@ class SequentialTest:
                     "normalised like this data."
                 )
             hits = labels == self.key.target_class
-            yield hits[: len(items)], hits[len(items) :]
+            yield hits[: len(items)], hits[len(items) : 2 * len(items)]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from meadef_lightning.verification.evidence import EvidenceError
+from meadef_lightning.verification.evidence_form import EvidenceError
 
 MAX_DOCUMENT_BYTES = 1 << 20
 _MAX_PRIVATE_BYTES = 1 << 16

@@ -1,4 +1,10 @@
-"""From a suspect's answers to a verdict: pure functions, nothing is asked again."""
+"""From a suspect's answers to a verdict: pure functions, nothing is asked again.
+
+**Keys that were not drawn.** The decoy-key p-value is the rank of a key among all keys, and an error probability only because the key was
+drawn uniformly. Who picks one by hand may pick one that the suspect, or any model of the task, favours, whose rank is small for innocents, too. A
+commitment made before rules out the first only, and correcting for the choice leaves nothing (smallest p times number of keys is 1). So such
+a key is *inconclusive* at most; its rank is reported as it is. The remedy costs nothing: draw the key.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +24,10 @@ Decision = Literal["supported", "inconclusive", "not supported"]
 
 PAPER_THRESHOLD = 0.30
 _LEANING = 0.01
+_NOT_DRAWN = (
+    "The answers look like the key's watermark, but the key was not drawn, so that how it ranks among other keys does not tell how often "
+    "an innocent is accused ({}). Draw a key with `meadef key draw`, commit to it, and embed that one."
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,12 +38,13 @@ class Responses:
         trigger: Answers to the watermark samples, int64, shape ``(n,)``.
         control: Answers to their matched controls, int64, shape ``(n,)``.
         cells: Source a, source b and combining way of each cell, int64, shape ``(cells, 3)``, sorted (``DecoyTable.cells``).
-        counts: How often each cell was answered with each class, int64, shape ``(cells, classes)``.
+        counts: How often each cell was answered with each class, int64, shape ``(cells, classes)``; of many classes those that
+            ``DecoyTable.columns`` tells apart.
         natural: Answers to natural test samples, int64, shape ``(N,)``.
         natural_labels: Their true classes, int64, shape ``(N,)``.
         decoys: Number of decoy keys wanted.
         seed: The verifier's seed.
-        reference: ``counts`` of a reference model that was asked the same, or ``None``; see :meth:`DecoyTable.statistics`.
+        reference: ``counts`` of a reference model that was asked the same, or their sum over several; see :meth:`DecoyTable.statistics`.
     """
 
     trigger: Tensor
@@ -75,19 +86,26 @@ class Responses:
         return table
 
 
-def with_reference(responses: Responses, reference: Responses | None) -> Responses:
-    """Puts a reference model's answers beside a suspect's.
+def with_reference(responses: Responses, reference: Responses | Sequence[Responses] | None) -> Responses:
+    """Puts the answers of a reference model, or of several, beside a suspect's.
+
+    Of several the answers are added up: the statistic is linear, so what is subtracted from it then is the mean of theirs.
 
     Raises:
-        ValueError: If the two were not asked the same.
+        ValueError: If they were not all asked the same, or the sequence is empty.
     """
     if reference is None:
         return responses
-    if not torch.equal(responses.cells, reference.cells) or responses.seed != reference.seed:
-        raise ValueError(
-            "The reference was asked other questions than the suspect; verify both with the same key and options."
-        )
-    return replace(responses, reference=reference.counts)
+    known = [reference] if isinstance(reference, Responses) else list(reference)
+    if not known:
+        raise ValueError("There is no reference model in the sequence given; give None to judge without one.")
+    for one in known:
+        same = torch.equal(responses.cells, one.cells) and responses.seed == one.seed
+        if not same or not torch.equal(responses.counts.sum(1), one.counts.sum(1)):
+            raise ValueError(
+                "The reference was asked other questions than the suspect; verify both with the same key and options."
+            )
+    return replace(responses, reference=torch.stack([one.counts for one in known]).sum(0))
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,8 @@ class Verdict:
         decoy_method: ``"enumerated"`` (all other keys) or ``"sampled"``.
         decoy_summary: Mean, std, median, q95, q99 and max of their statistics.
         smallest_p: Smallest decoy p-value that could have come out.
-        exact: Whether ``decoy_p`` is exact: the key was drawn uniformly from the space it was compared with.
+        exact: Whether ``decoy_p`` is exact: the key was drawn uniformly from the space it was compared with. Where it is not, the
+            verdict is *inconclusive* at most.
         icc: Correlation of answers within one model (moment estimate over the other keys); ``None`` if not estimable.
         effective_samples: Independent answers that the triggers are worth at this correlation.
         conformal_p: Rank of T₀ among independent models, where their statistics were given.
@@ -190,7 +209,7 @@ def judge(
     *Supported* needs both tests at ``alpha``: the decoy-key randomisation test (does the suspect prefer this key to keys that
     were never embedded?) and McNemar's test against matched controls (does it prefer the key's way of combining to other ways
     of combining the same sources?). Under independence the first alone holds the level; demanding both can only lower the rate
-    of false claims. *Inconclusive* is what leans that way (both at 0.01), or could not have reached ``alpha`` at all.
+    of false claims. *Inconclusive* is what leans that way (both at 0.01), could not have reached ``alpha`` at all, or was not drawn.
 
     Args:
         responses: The suspect's answers.
@@ -219,7 +238,10 @@ def judge(
     nulls = None if null_statistics is None else [float(value) for value in null_statistics]
     conformal_p = None if nulls is None else statistics.conformal_p_value(statistic, nulls)
     icc = table.correlation(responses.counts)
-    decision, reason = _decide(alpha, decoy_p, smallest_p, mcnemar_p, 0.5**n, hits / n)
+    numbers = f"decoy-key p = {decoy_p:.2g}, McNemar p = {mcnemar_p:.2g}"
+    decision, reason = at_most(
+        table.exact, numbers, _decide(alpha, decoy_p, smallest_p, mcnemar_p, 0.5**n, hits / n, numbers)
+    )
     return Verdict(
         verdict=decision,
         reason=reason,
@@ -251,16 +273,26 @@ def judge(
     )
 
 
+def at_most(exact: bool, numbers: str, found: tuple[Decision, str]) -> tuple[Decision, str]:
+    """Lowers *supported* to *inconclusive* where the key was not drawn; see the module's documentation.
+
+    Args:
+        exact: Whether it was (:attr:`DecoyTable.exact`), or all keys were.
+        numbers: The p-values, for the reason.
+        found: Decision and reason if it had been.
+    """
+    return ("inconclusive", _NOT_DRAWN.format(numbers)) if found[0] == "supported" and not exact else found
+
+
 def _rate_upper(conformal_p: float, models: int) -> float:
     """Bounds the rate at which independent models reach the statistic; the rank says how many of these did."""
     return statistics.clopper_pearson_upper(round(conformal_p * (models + 1)) - 1, models)
 
 
 def _decide(
-    alpha: float, decoy_p: float, smallest_p: float, mcnemar_p: float, smallest_mcnemar: float, wsr: float
+    alpha: float, decoy_p: float, smallest_p: float, mcnemar_p: float, smallest_mcnemar: float, wsr: float, numbers: str
 ) -> tuple[Decision, str]:
     """Returns the decision and the sentence that gives its reason."""
-    numbers = f"decoy-key p = {decoy_p:.2g}, McNemar p = {mcnemar_p:.2g}"
     if decoy_p <= alpha and mcnemar_p <= alpha:
         return "supported", (
             f"The suspect answers {wsr:.1%} of the watermark samples with the key's target, more than other keys and other ways of "
@@ -300,8 +332,8 @@ def _notes(table: DecoyTable, nulls: Sequence[float] | None, reference: bool) ->
         )
     if not table.key.drawn_uniformly:
         notes.append(
-            "The key was picked by hand: the decoy-key p-value is not exact, and valid only if the key was fixed, without regard to "
-            "how models answer it, before the suspect was seen."
+            "The key was picked by hand: its decoy-key p-value is a rank and no error probability, whenever the key was fixed, and does "
+            "not support a claim. Draw keys with `meadef key draw`."
         )
     if table.key.combiner not in table.key.space:
         notes.append(

@@ -41,12 +41,13 @@ class Classifier(NetworkModule):
 
     @override
     def configure_model(self) -> None:
-        """Builds the network where a factory was given; does nothing the second time.
+        """Builds the network where a factory was given, and spreads it under FSDP2; does nothing the second time.
 
         Raises:
             MisconfigurationException: If a size is neither given nor told by a data module, or the factory does not take them.
         """
         self.build_network(**self.data_sizes())
+        self.shard()
 
     def build_network(self, num_classes: int | None, in_channels: int | None) -> None:
         """Builds the network, also outside a Trainer (to load weights into it); sizes that the user gave go first.

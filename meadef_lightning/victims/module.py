@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -119,6 +120,30 @@ class NetworkModule(LightningModule):
                 f"This {type(self).__name__} has no network yet. Call configure_model() first, or give it a module instead of a factory."
             )
         return self.network
+
+    def shard(self) -> None:
+        """Spreads the network's weights over the processes if Lightning's ``ModelParallelStrategy`` (FSDP2) trains, once.
+
+        The network is one unit: gradients and optimiser state are spread, its weights are put together while it computes.
+
+        Raises:
+            MisconfigurationException: If there are weights besides the network's, which would go apart unseen.
+        """
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if isinstance(self.ready_network(), FSDPModule):
+            return
+        besides = [name for name, _ in self.named_parameters() if not name.startswith("network.")]
+        if besides:
+            raise MisconfigurationException(
+                f"FSDP2 spreads the weights of one network, and this {type(self).__name__} has others besides ({', '.join(besides[:3])}). "
+                "Use strategy=ddp."
+            )
+        # FSDP2 cannot spread weights in channels-last memory
+        network = self.ready_network().to(memory_format=torch.contiguous_format)
+        fully_shard(network, mesh=self.device_mesh["data_parallel"])
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

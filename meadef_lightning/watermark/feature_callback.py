@@ -32,7 +32,7 @@ class FeatureWatermarkCallback(WatermarkCallback):
     batches (whose labels the task need not use), or from ``pool``. Of a batch of several views the first view is taken. Embedding
     begins once all these classes have come by.
 
-    It logs ``watermark/{loss,ver,com,eva}`` in training and, on validation data or the given pool, ``watermark/{wsr,wfpr,margin}``: the
+    It logs ``watermark/{loss,ver,com,eva,tilt}`` in training and, on validation data or the given pool, ``watermark/{wsr,wfpr,margin}``: the
     share of watermark samples, and of the sources' other combinations, whose features are nearer to the target's centre than to either
     source's, and by how much more the former resemble the target
     (:func:`~meadef_lightning.watermark.features.target_margin`).
@@ -49,6 +49,8 @@ class FeatureWatermarkCallback(WatermarkCallback):
         temperature: Temperature of the softmax over features in ``L_com``.
         detach_sources: Whether ``L_com`` moves only the features of watermark samples.
         batchnorm: What BatchNorm layers do once embedding has started.
+        tilt: How far features of natural samples of the source classes may lean towards the target, in ``[0, 1)``: those most that teach a
+            thief's network about the watermark (:mod:`meadef_lightning.watermark.tilt`).
         buffer_size: Samples kept per class.
         pool: The owner's own samples of both source classes, the target class and preferably some others, for training without labels.
         input_key: Where a batch keeps its samples, or a path of such keys: ``["views", 0]``.
@@ -77,6 +79,7 @@ class FeatureWatermarkCallback(WatermarkCallback):
         temperature: float = 1.0,
         detach_sources: bool = True,
         batchnorm: BatchNormMode = "frozen",
+        tilt: float = 0.6,
         buffer_size: int = 128,
         pool: SourcePool | None = None,
         input_key: Key | Sequence[int | str] = 0,
@@ -100,7 +103,7 @@ class FeatureWatermarkCallback(WatermarkCallback):
             temperature,
             detach_sources,
             batchnorm,
-            0.0,
+            tilt,
             buffer_size,
             pool,
             self._path[0],
@@ -112,8 +115,9 @@ class FeatureWatermarkCallback(WatermarkCallback):
 
     @override
     def _objective(self, rank: int = 0) -> FeatureObjective:
-        options = {name: value for name, value in self._options.items() if name != "tilt"}
-        return FeatureObjective(self.key, per_class=self._per_class, negatives=self._negatives, **options, rank=rank)
+        return FeatureObjective(
+            self.key, per_class=self._per_class, negatives=self._negatives, **self._options, rank=rank
+        )
 
     @override
     def _parts(self, batch: Any) -> tuple[Tensor, Tensor]:

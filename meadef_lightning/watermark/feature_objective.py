@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from meadef_lightning.watermark.balancing import Balancing, Fixed
 from meadef_lightning.watermark.features import (
     feature_evasion_loss,
     feature_verification_loss,
+    leaning_loss,
 )
 from meadef_lightning.watermark.key import WatermarkKey
 from meadef_lightning.watermark.losses import combination_loss
@@ -76,12 +78,23 @@ def contrasted_classes(key: WatermarkKey, labels: Sequence[int], negatives: int)
     return (*own, *[label for label in drawn if label not in own][:negatives])
 
 
+def _features(forward: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    features = forward(x)
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(x):
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"The encoder must answer features of shape ({len(x)}, D), got {got}. Set encoder_key to the part of the module that "
+            "makes the features, and output_key to where they are in its output."
+        )
+    return features
+
+
 class FeatureObjective(WatermarkObjective):
     """The loss terms of one key on features; used like :class:`~meadef_lightning.watermark.objective.WatermarkObjective`.
 
-    A step forwards ``samples`` watermark samples, ``per_class`` natural samples of each contrasted class and, while the weights of their
-    terms are not 0, as many evasion samples (``L_eva``), and twice as many source samples (``L_com``): up to five groups. By
-    default, for ten classes, that is 56 samples, 22 % of the 256 views of a SimCLR step on 128 images.
+    A step forwards ``samples`` watermark samples, ``per_class`` natural samples of each contrasted class, ``samples`` tilted ones and, while
+    the weights of their terms are not 0, as many evasion samples (``L_eva``), and twice as many source samples (``L_com``): up to six
+    groups. By default, for ten classes, that is 64 samples, a quarter of the 256 views of a SimCLR step on 128 images.
 
     Args:
         key: The key to embed.
@@ -94,6 +107,8 @@ class FeatureObjective(WatermarkObjective):
         detach_sources: Whether ``L_com`` moves only the features of watermark samples. The other terms always move natural samples,
             too (:mod:`meadef_lightning.watermark.features` says why).
         batchnorm: As in :class:`~meadef_lightning.watermark.objective.WatermarkObjective`.
+        tilt: How far, at most, features of a natural sample of a source class come to lie towards the target, in ``[0, 1)``: the label that
+            the target gets in :func:`~meadef_lightning.watermark.features.leaning_loss`. 0 leaves natural features as they are.
         buffer_size: Samples kept per class.
         pool: The owner's own samples of the two source classes, the target class and preferably some others; batches are then not
             looked at.
@@ -110,6 +125,7 @@ class FeatureObjective(WatermarkObjective):
         temperature: float = 1.0,
         detach_sources: bool = True,
         batchnorm: BatchNormMode = "running",
+        tilt: float = 0.6,
         buffer_size: int = 128,
         pool: SourcePool | None = None,
         rank: int = 0,
@@ -130,6 +146,7 @@ class FeatureObjective(WatermarkObjective):
             temperature,
             detach_sources,
             batchnorm,
+            tilt,
             rank=rank,
         )
         self.per_class = per_class
@@ -138,6 +155,12 @@ class FeatureObjective(WatermarkObjective):
         self.pool = SourcePool(self.classes, buffer_size) if pool is None else pool
         self._wins: Tensor | None = None
 
+    @override
+    def _basis(self, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The features themselves, which is all that a thief sees of an encoder, and what stands on it is linear in."""
+        return _features(forward, x)
+
+    @override
     def draw(self) -> None:
         """Chooses the combinations, and the natural samples they are compared with, of the next step."""
         k, weights = self.samples, self.balancing.weights
@@ -157,8 +180,15 @@ class FeatureObjective(WatermarkObjective):
                 self._others, a[k : 2 * k], b[k : 2 * k], self.steps, self._generator
             )
             self._wins = torch.randint(2, (k,), generator=self._generator).to(a.device, non_blocking=True)
+        if self._tilted:
+            # a restored one comes from the CPU
+            self._tilted = {name: tensor.to(a.device) for name, tensor in self._tilted.items()}
+            rows = torch.randint(len(self._tilted["x"]), (k,), generator=self._generator)
+            self._natural_rows = rows.to(a.device, non_blocking=True)
+            self._groups["leaning"] = self._tilted["x"][self._natural_rows]
         self.steps += 1
 
+    @override
     def terms(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Computes the terms of the drawn combinations.
 
@@ -167,20 +197,14 @@ class FeatureObjective(WatermarkObjective):
             forward: Maps samples to features of shape ``(B, D)``.
 
         Returns:
-            ``"ver"``, and ``"com"`` and ``"eva"`` where their weights are not 0: scalars.
+            ``"ver"``, ``"com"`` and ``"eva"`` where their weights are not 0, and ``"tilt"`` where natural features are tilted: scalars.
 
         Raises:
             ValueError: If the outputs are not features.
         """
         x = torch.cat(list(self._groups.values()))
         with nullcontext() if self.batchnorm == "batch" else frozen_batchnorm(module):
-            features = forward(x)
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(x):
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(
-                f"The encoder must answer features of shape ({len(x)}, D), got {got}. Set encoder_key to the part of the module that "
-                "makes the features, and output_key to where they are in its output."
-            )
+            features = _features(forward, x)
         sizes = [len(group) for group in self._groups.values()]
         out = dict(zip(self._groups, torch.split(features, sizes), strict=True))
         # the classes' order: first source, second source, target, others
@@ -192,4 +216,8 @@ class FeatureObjective(WatermarkObjective):
             )
         if "other" in out and self._wins is not None:
             terms["eva"] = feature_evasion_loss(out["other"], centres, self._wins.to(centres.device))
+        if "leaning" in out and self._natural_rows is not None:
+            labels, mass = (self._tilted[name][self._natural_rows] for name in ("labels", "mass"))
+            positions = (labels == self.key.source_classes[1]).long()
+            terms["tilt"] = leaning_loss(out["leaning"], centres, positions, 2, mass)
         return terms

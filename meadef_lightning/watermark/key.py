@@ -1,7 +1,7 @@
 """The owner's secret: which two classes are combined in which way, and what the model must answer.
 
 A key that is *drawn* (:meth:`WatermarkKey.draw`) is uniform over a declared, public :class:`KeySpace`. Only then is the rank of
-its score among the other keys of the space an exact p-value. A hand-picked key works too, and is marked as such.
+its score among the other keys of the space an exact p-value. A hand-picked key is embedded as well; its verdicts are inconclusive at most.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ class WatermarkKey:
         combiner: The secret combining way.
         seed: Seed of everything random in embedding this key.
         space: The public list of combining ways the key comes from; the others are its controls.
-        drawn_uniformly: Whether :meth:`draw` made it. A hand-picked key gets a p-value only under the assumption that it
-            was not chosen with the suspect in view, and the verdict says so.
+        drawn_uniformly: Whether :meth:`draw` made it. The p-value of a hand-picked key is no error probability, so its verdicts
+            are *inconclusive* at most.
         salt: Secret that keeps :meth:`commitment` from being guessed, 32 hexadecimal digits or more.
 
     Raises:
@@ -344,7 +344,8 @@ class WatermarkKey:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # created with mode 0600
+        # created with mode 0600; what a killed process leaves is hidden, and *.key.json in a .gitignore still means it
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=f".{path.name}")
         try:
             with os.fdopen(descriptor, "w") as file:
                 json.dump(self.to_dict(), file, indent=2)

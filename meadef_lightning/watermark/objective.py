@@ -197,19 +197,22 @@ class WatermarkObjective:
         """
         if self.tilt == 0 or self.steps % REFRESH:
             return
-        pairs = dict(zip(self.pool.classes, self.pool.draw(self.pool.capacity, self._generator), strict=True))
-        a, b = (pairs[label] for label in self.key.source_classes)
+        a, b = self.pool.draw(self.pool.capacity, self._generator, self.key.source_classes)
         groups = [a, b, self._combiner(a, b, self._generator)]
         if self._others:
             groups.append(combine_in_turn(self._others, a, b, self.steps, self._generator))
         with evaluating(module):
-            features = [penultimate_features(module, forward, group) for group in groups]
+            features = [self._basis(module, forward, group) for group in groups]
         scores = influence(
             torch.cat(features[:2]), features[2], torch.cat(features[3:]) if self._others else features[2][:0]
         )
         mass = torch.cat([target_mass(part, self.tilt) for part in scores.chunk(2)])
         labels = torch.tensor(self.key.source_classes, device=a.device).repeat_interleave(len(a))
         self._tilted = {"x": torch.cat([a, b]), "mass": mass, "labels": labels}
+
+    def _basis(self, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What a thief's last layer is linear in, ``(B, …)``: the features on which influence is measured."""
+        return penultimate_features(module, forward, x)
 
     def draw(self) -> None:
         """Chooses the combinations of the next step. All randomness of the objective is drawn here."""

@@ -98,15 +98,16 @@ class SourcePool:
             return len(self.classes) / num_classes
         return self._written.sum() / self._seen
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def draw(self, count: int, generator: torch.Generator, classes: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """Draws ``count`` samples of each class with replacement.
 
         Args:
             count: Samples per class.
             generator: A CPU generator, whatever the pool's device, so that a run continues alike on other hardware.
+            classes: The classes whose samples are copied; all by default. What is drawn does not depend on it.
 
         Returns:
-            One tensor ``(count, C, *spatial)`` for each class, in the order of ``classes``.
+            One tensor ``(count, C, *spatial)`` for each of ``classes``, in their order.
 
         Raises:
             RuntimeError: If the pool is not :attr:`ready`.
@@ -120,7 +121,8 @@ class SourcePool:
         filled = self._written.clamp(max=self.capacity)[:, None]
         row = torch.arange(len(self.classes), device=filled.device)[:, None] * self.capacity
         index = row + torch.minimum((uniform * filled).long(), filled - 1)
-        return tuple(self._samples[rows] for rows in index)
+        wanted = self.classes if classes is None else classes
+        return tuple(self._samples[index[self.classes.index(label)]] for label in wanted)
 
     def take(self, count: int) -> tuple[Tensor, ...]:
         """Returns up to ``count`` stored samples of each class, without drawing (waits for the device)."""

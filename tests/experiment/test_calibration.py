@@ -132,8 +132,16 @@ def test_a_small_study_of_false_claims(small, data, tmp_path, monkeypatch):
     rows = false_claims.run_study(data, 2, 1, 6, tmp_path)
     assert rows["none: drawn keys, judge's images"]["above"]["trials"] == 2 * 4
     assert rows["grinding 20 secrets after seeing the suspect"]["without"]["trials"] == 2
-    assert rows["hand-picked after seeing the suspect"]["without"]["exact"] == 0
-    assert rows["hand-picked, its file claims a draw"]["without"]["exact"] == 1
+    picked, forged = (
+        rows["picked by hand after seeing the suspect"],
+        rows["picked by hand, claims a draw that nobody repeats"],
+    )
+    for mode in ("without", "above"):
+        assert (picked[mode]["exact"], forged[mode]["exact"]) == (0, 1)
+        assert picked[mode]["supported"] == 0
+        # the flag in the file is all that differs: what it turns into a claim is else inconclusive
+        assert picked[mode]["inconclusive"] == forged[mode]["supported"] + forged[mode]["inconclusive"]
+        assert picked[mode]["wsr"] == forged[mode]["wsr"]
     assert rows["planted targets"]["without"]["trials"] == 2
     assert rows["planted targets"]["source_accuracy"] < rows["drawn keys, accuser's natural images"]["source_accuracy"]
     text = (tmp_path / "false_claims.md").read_text()

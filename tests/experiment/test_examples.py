@@ -17,7 +17,8 @@ from meadef_lightning.victims.networks import DigitsCNN
 def test_your_own_trainer(tmp_path):
     verdicts = your_own_trainer.main(tmp_path, epochs=8)
     assert verdicts["yours"].wsr > 0.5 > verdicts["innocent"].wsr
-    assert {"watermark.key.json", "yours.pt", "innocent.pt", "reference.pt"} == {p.name for p in tmp_path.iterdir()}
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"watermark.key.json", "yours.pt", "innocent.pt", "reference.pt", "verdicts.png"}
 
 
 def test_an_attack_of_your_own(tmp_path):

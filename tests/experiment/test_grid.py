@@ -1,6 +1,8 @@
 """Grids: expansion, costs, merged results, and the loop that runs cells. What really trains is in test_paper_grids."""
 
 import stat
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -112,6 +114,13 @@ def test_unreadable_grids_are_refused(tmp_path, capsys):
             main(["grid", str(tmp_path / file)])
 
 
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from meadef_lightning.cli import main\ntry: main(['grid', '--help'])\nfinally: sys.stderr.write(str('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--wandb" in done.stdout
+    assert done.stderr == "False"
+
+
 # ---- costs
 
 
@@ -186,8 +195,10 @@ def test_failures_are_told_and_the_others_go_on(fake, capsys):
         "--only",
         "cnn-*",
         "mlp-0",
-        "--",
         "--wandb",
+        "--",
+        "--wandb_samples",
+        "false",
     ]
     with pytest.raises(SystemExit) as stopped:
         main(command)
@@ -202,7 +213,9 @@ def test_failures_are_told_and_the_others_go_on(fake, capsys):
     calls = (fake / "calls").read_text().splitlines()
     assert len(calls) == 4
     directory = fake / "out" / "cnn-0"
-    assert calls[0] == f"-m meadef_lightning run {directory}/cell.yaml --output {directory} --wandb"
+    assert (
+        calls[0] == f"-m meadef_lightning run {directory}/cell.yaml --output {directory} --wandb --wandb_samples false"
+    )
 
     with pytest.raises(SystemExit):  # again: what is done is left alone
         main([*command[:4], "--only", "cnn-0", "cnn-1"])

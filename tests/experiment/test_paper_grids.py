@@ -111,8 +111,7 @@ def test_the_sweep_names_the_cells_of_its_grid(tmp_path, capsys):
     assert sweep["command"][2] == "experiments/digits/grid.yaml"
     # as the agent fills it in
     arguments = [f"--only={cell}" if part == "${args}" else part for part in [str(grid), *sweep["command"][3:]]]
-    cut = arguments.index("--")
-    main(["grid", *arguments[:cut], "--dry-run", "--output", str(tmp_path), *arguments[cut:]])
+    main(["grid", *arguments, "--dry-run", "--output", str(tmp_path)])
     assert "1 of 8 cells" in capsys.readouterr().out
     assert load_experiment([tmp_path / cell / "cell.yaml"]).name == f"digits/grid/{cell}"
     assert all(line.endswith(" --wandb") for line in (tmp_path / "commands.txt").read_text().splitlines())

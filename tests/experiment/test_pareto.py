@@ -4,7 +4,8 @@ import csv
 import sys
 
 import pytest
-from meadef_lightning.experiments.benchmarks import pareto
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from meadef_lightning.experiments.benchmarks import answer_lean, pareto
 from small import merged, shrink, write
 
 
@@ -76,3 +77,11 @@ def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pareto, "run", lambda *_: pytest.fail("ran again"))
     pareto.main()
     assert (tmp_path / "out" / "pareto.csv").read_text() == text
+
+    answer_lean.main([str(tmp_path / "out" / "default"), str(tmp_path / "out" / "no-tilt"), "--epochs", "1"])
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("| victim | 2 |") for line in printed)
+    assert any(line.startswith("Clean: 4 models") for line in printed)
+    assert sum(line.startswith("| k-seed-0 |") for line in printed) == 2
+    with pytest.raises(MisconfigurationException, match=r"no report\.json below"):
+        answer_lean.main([str(tmp_path / "nothing")])

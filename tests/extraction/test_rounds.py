@@ -1,6 +1,7 @@
 """Thefts in rounds: interim students against a training loop by hand, and the state between rounds."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_distillation import QUIET, Linear, network
 from test_distillation import Noise as Source
+from torch import nn
 
 from meadef_lightning.data.loading import epoch_order
 from meadef_lightning.extraction import RoundsDataModule, Student
 from meadef_lightning.extraction.base import TransferSet, held_out_rows
+from meadef_lightning.extraction.rounds import architecture
 from meadef_lightning.oracle import HardLabel, Oracle, QueryLedger, Totals
 
 
@@ -130,6 +133,50 @@ def test_state_is_continued_by_the_same_attack_only(tmp_path):
         attack_on(QueryLedger(tmp_path / "m")),
     ):
         assert other.load_round() is None
+
+
+class OneRound(RoundsDataModule):
+    """Says what it would go on from, and keeps a round that an interim student took part in."""
+
+    def collect(self):
+        self.found = self.load_round()
+        x, _ = self.data.tensors("attacker")
+        answers = self.ask(x[:40])
+        self.interim(x[:40], answers, 1, seed=0)
+        self.save_round({"round": 1})
+        return TransferSet(x[:40], answers, held_out_rows(40, 0.1))
+
+
+def wide(num_classes, in_channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 16, 7), nn.ReLU(), nn.Linear(7, num_classes))
+
+
+def test_rounds_of_a_student_of_another_architecture_are_refused(tmp_path):
+    def begin(net):
+        attack = attack_on(QueryLedger(tmp_path / "l.sqlite"), cls=OneRound, batch_size=20)
+        Trainer(max_epochs=1, **QUIET).fit(Student(net), attack)
+        return attack.found
+
+    assert begin(network) is None
+    assert begin(network)["round"] == 1
+    file = tmp_path / "l.rounds.pt"
+    with pytest.raises(
+        MisconfigurationException, match=f"{file} holds rounds .* another architecture.*delete.*l.sqlite"
+    ):
+        begin(wide)
+    assert begin(network)["round"] == 1, "the refusal left the rounds alone"
+    file.unlink()
+    assert begin(wide) is None
+    assert begin(wide)["round"] == 1
+
+
+def test_architecture_is_told_by_modules_names_and_shapes():
+    same = [architecture(wide(4, 1)) for _ in range(2)]
+    named = nn.Sequential(OrderedDict(zip("abcd", wide(4, 1), strict=True)))
+    smooth = nn.Sequential(*(nn.GELU() if isinstance(layer, nn.ReLU) else layer for layer in wide(4, 1)))
+    others = [architecture(net) for net in (wide(5, 1), wide(4, 2), named, smooth)]
+    assert len({*same, *others}) == 5
+    assert same[0] == same[1]
 
 
 def test_without_a_file_nothing_is_kept():

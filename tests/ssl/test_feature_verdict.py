@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from meadef_lightning.oracle import Oracle
@@ -71,8 +73,21 @@ def brute_force(model, data):
                 made = features(spec.build()(x[first], x[second], torch.Generator()))
                 for t in {0, 1, 2, 3} - {a, b}:
                     score[a, b, t, way] = np.mean([cosine(f, t) for f in made])
+    pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
+
+    def beside(a, b, t, way, row):
+        """What the keys with the same first (row) or second source gain above all source pairs, as few neighbours of eight."""
+        middle = np.mean([score[(*pair, t, way)] for pair in pairs if t not in pair])
+        others = [(a, o) if row else (o, b) for o in range(4) if o not in (a, b, t)]
+        return sum(score[(*pair, t, way)] - middle for pair in others) / 8
+
     return {
-        (a, b, t, way): score[a, b, t, way] - np.mean([score[a, b, t, w] for w in range(4) if w != way])
+        (a, b, t, way): (
+            (score[a, b, t, way] - np.mean([score[a, b, t, w] for w in range(4) if w != way]))
+            + 2 * beside(a, b, t, way, row=True)
+            + 2 * beside(a, b, t, way, row=False)
+        )
+        / 5
         for a, b, t, way in score
     }
 
@@ -94,6 +109,44 @@ def test_every_key_against_brute_force():
         assert verdict.p_value == (1 + sum(value >= own - 1e-9 for value in expected.values())) / 96
         assert (verdict.decoys, verdict.decoy_method, verdict.exact) == (95, "enumerated", True)
         expected[SPACE.key_at(index)] = own
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32), st.booleans())
+def test_p_values_of_all_keys_are_uniform_and_where_keys_tie_conservative(seed, tie):
+    """Exactness by enumeration, whatever the features say: with a uniform key each of 1/N … N/N has probability 1/N, or less with ties."""
+    generator = np.random.default_rng(seed)
+    scores = torch.from_numpy(generator.uniform(-1, 1, (48, 4)))
+    scores = scores.round() if tie else scores + 0.5 * torch.from_numpy(generator.standard_t(1, (48, 4))).clamp(-9, 9)
+    tables = [DecoyTable(key_at(SPACE, index), 10_000, 5) for index in range(96)]
+    p = np.sort([randomisation_p_value(*table.score_statistics(scores)) for table in tables])
+    if tie:
+        assert len(np.unique(p)) < 96
+        assert (p >= np.arange(1, 97) / 96 - 1e-12).all()
+    else:
+        np.testing.assert_allclose(p, np.arange(1, 97) / 96)
+
+
+def test_neighbours_find_a_key_whose_own_cell_others_reach():
+    """A leaky theft: the key's row and column lean to the target, and so do lonely cells elsewhere, as far as its own."""
+    key = key_at(KeySpace(10, DEFAULT_COMBINERS), 1234)
+    table = DecoyTable(key, 10_000)
+    (a, b), target = key.source_classes, key.target_class
+    generator = torch.Generator().manual_seed(0)
+    scores = 0.05 * torch.randn(720, 10, generator=generator).double()
+    cells, own = table.cells, None
+    for row, (first, second, way) in enumerate(cells.tolist()):
+        if way == table.way and target not in (first, second) and (first == a or second == b):
+            own = row if (first, second) == (a, b) else own
+            scores[row, target] += 0.6 if (first, second) == (a, b) else 0.3
+    for row in torch.randperm(720, generator=generator)[:30].tolist():
+        free = [t for t in range(10) if t not in cells[row, :2] and (row, t) != (own, target)]
+        scores[row, free[row % len(free)]] += 0.7
+    statistic, decoys = table.score_statistics(scores)
+    assert randomisation_p_value(statistic, decoys) == 1 / 5760
+    ways = scores.reshape(90, 8, 10)
+    alone = ((8 * ways - ways.sum(1, keepdim=True)) / 7).reshape(720, 10)
+    assert int((alone >= alone[own, target]).sum()) > 6  # the control: p > 0.001 by its own cell
 
 
 def test_p_values_of_an_independent_encoder_are_uniform_over_the_draw_of_the_key():

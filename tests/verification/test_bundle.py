@@ -77,12 +77,14 @@ def test_a_bundle_gives_the_verdict_again(parts, full, plain, tmp_path):
         assert findings.signer == public_hex(parts["signing_key"])
         assert any("made again from key and data, fit their hashes" in note for note in findings.notes)
         assert any("committed secret and beacon" in note for note in findings.notes)
+        assert not any("owner's word" in note for note in findings.notes)
         assert any("Its signature was not checked" in note for note in findings.notes)
     assert Bundle.load(plain.save(tmp_path / "plain.zip")).check(KEY).verdict == parts["verdict"]
     findings = plain.check()
     assert findings.verdict is None
     assert any("only accidental damage" in note for note in findings.notes)
     assert any("no commitment" in note for note in findings.notes)
+    assert any("That the key was drawn is its owner's word" in note for note in findings.notes)
 
 
 def test_only_a_bundle_with_the_key_is_private(full, plain, tmp_path):
@@ -256,6 +258,8 @@ def zipped(*members, compression=zipfile.ZIP_STORED):
         (lambda: pickle.dumps({"a": 1}), "not a readable zip file"),
         (lambda: b"", "not a readable zip file"),
         (lambda: pack({}), r"manifest\.json is missing"),
+        (lambda: zipped(*((f"{i}", "") for i in range(200))), "short list of members"),
+        (lambda: pack({MANIFEST: b"{}"})[:-22], "short list of members"),
         (lambda: pack({MANIFEST: pickle.dumps(print)}), "not valid JSON"),
         (lambda: pack({MANIFEST: b"[" * 100_000}), "not valid JSON"),
         (lambda: pack({MANIFEST: b'{"a": NaN}\n'}), "not valid JSON"),

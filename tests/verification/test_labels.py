@@ -10,7 +10,8 @@ from torch import nn
 from verification_fakes import KEY, FakeData, Independent, Thief
 
 from meadef_lightning.verification import verify
-from meadef_lightning.verification.labels import LabelMap, RelabelledModule, align_labels, relabelled
+from meadef_lightning.verification.labels import LabelMap, align_labels
+from meadef_lightning.verification.relabelling import RelabelledModule, relabelled
 
 OPTIONS = {"samples": 40, "decoys": 1500, "decoy_samples": 8, "accelerator": "cpu"}
 

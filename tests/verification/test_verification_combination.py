@@ -96,6 +96,10 @@ def test_keys_that_are_too_small_alone_are_enough_together():
     assert not {"target_class", "source_classes", "salt"} & set(str(value).split("'"))
     assert judge_keys(two, alpha=1e-4).verdict == "inconclusive"
     assert "more keys" in judge_keys(two, alpha=1e-4).reason
+    # one key among them that was picked by hand takes the claim away, and nothing else
+    picked = judge_keys([(two[0][0], dataclasses.replace(KEYS[0], drawn_uniformly=False)), two[1]], alpha=0.002)
+    assert (picked.verdict, picked.exact, picked.decoy_p) == ("inconclusive", False, joint.decoy_p)
+    assert "meadef key draw" in picked.reason
 
 
 def test_an_independent_model_carries_no_key():

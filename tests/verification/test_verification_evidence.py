@@ -63,10 +63,12 @@ def test_the_same_seed_writes_the_same_bytes_but_for_the_time(tmp_path, original
 
 
 def test_content(content):
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert content["key"] == {"commitment": KEY.commitment(), "drawn_uniformly": True, "num_classes": 7}
     assert content["model"]["sha256"] == model_fingerprint(Thief(KEY))
-    assert content["procedure"] == {"alpha": 0.001, "decoys": 9999, "seed": 0, "null_statistics": [0.0, 0.25]}
+    assert content["procedure"] == {
+        "alpha": 0.001, "decoys": 9999, "seed": 0, "null_statistics": [0.0, 0.25], "labels": None
+    }  # fmt: skip
     assert content["versions"].keys() == {"package", "torch", "lightning", "python"}
     assert content["created"].endswith("+00:00")
     assert len(content["answers"]["cells"]) == 7 * 6 * 8
@@ -236,7 +238,7 @@ def replaced(path, value):
         (lambda c: {**c, "key": 3}, "must be an object"),
         (lambda c: {**c, "more": 3}, "missing or unknown fields: more"),
         (lambda c: {k: v for k, v in c.items() if k != "created"}, "missing or unknown fields: created"),
-        (replaced(("schema_version",), 1), "schema_version must be 2.*package version"),
+        (replaced(("schema_version",), 2), "schema_version must be 3.*package version"),
         (replaced(("schema_version",), True), "schema_version must be"),
         (replaced(("key", "commitment"), "../../etc/passwd"), "key.commitment must be 64"),
         (replaced(("key", "num_classes"), 10**40), "key.num_classes must be an integer"),
@@ -244,6 +246,10 @@ def replaced(path, value):
         (replaced(("procedure", "alpha"), 10**400), "procedure.alpha must be a finite number"),
         (replaced(("procedure", "decoys"), 10**12), "procedure.decoys must be an integer from 1"),
         (replaced(("procedure", "seed"), -1), "procedure.seed must be"),
+        (replaced(("procedure", "labels"), [1]), "procedure.labels must be an object or null"),
+        (replaced(("created",), "yesterday"), "created must be a time with its zone"),
+        (replaced(("created",), "2026-01-01T00:00:00"), "created must be a time with its zone"),
+        (replaced(("created",), "2026-01-01T00:00:00+00:00\x1b[2J"), "created must be a time with its zone"),
         (replaced(("procedure", "null_statistics"), [True]), "procedure.null_statistics must be"),
         (replaced(("answers", "trigger"), [0.5]), "answers.trigger must be a list of classes"),
         (replaced(("answers", "trigger"), [True]), "answers.trigger must be a list of classes"),
@@ -259,6 +265,24 @@ def replaced(path, value):
 def test_malformed_files_are_refused_by_name(change, message, content, tmp_path):
     with pytest.raises(EvidenceError, match=message):
         check_evidence(written(tmp_path, change(content)), KEY)
+
+
+def test_names_of_a_stranger_reach_no_terminal(content, tmp_path):
+    """Messages list fields that differ; their names may hold what a terminal obeys."""
+    for changed in ({**content, "\x1b[2Jmore": 1}, {**content, "seal": {**content["seal"], "\x1b[2Jmore": "0" * 64}}):
+        with pytest.raises(EvidenceError, match=r"\\x1b\[2Jmore") as caught:
+            check_evidence(written(tmp_path, changed), KEY)
+        assert "\x1b" not in str(caught.value)
+
+
+def test_what_it_says_of_the_key_must_be_true_even_with_a_valid_seal(content, tmp_path):
+    """Who has no key reads these fields; a liar who holds it could seal others, or a table of another width."""
+    rows = [[*row, 0] for row in content["answers"]["cells"]]
+    for name, value, cells in (("drawn_uniformly", False, None), ("num_classes", 8, rows)):
+        answers = content["answers"] if cells is None else {**content["answers"], "cells": cells}
+        changed = {**content, "key": {**content["key"], name: value}, "answers": answers}
+        with pytest.raises(EvidenceError, match=rf"key\.{name} differs: the evidence says something else"):
+            check_evidence(written(tmp_path, sealed(changed)), KEY)
 
 
 def test_missing_and_oversized_files(tmp_path, original, monkeypatch):

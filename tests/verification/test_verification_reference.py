@@ -10,7 +10,7 @@ from verification_fakes import KEY, FakeData, Independent, Thief, key_at
 
 from meadef_lightning.verification import EvidenceError, check_evidence, verify
 from meadef_lightning.verification.statistics import DecoyTable, randomisation_p_value
-from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace
+from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace, WatermarkKey
 
 QUICK = {"samples": 60, "decoy_samples": 4, "accelerator": "cpu"}
 SMALL = KeySpace(4, DEFAULT_COMBINERS[:3])  # 72 keys
@@ -71,6 +71,39 @@ def test_changed_reference_is_named(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(EvidenceError, match=r"Fields that differ: answers\.reference"):
         check_evidence(path, KEY)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 10**6), min_size=2, max_size=4))
+def test_several_references_are_their_mean_and_p_stays_exact(suspect, references):
+    p_values = []
+    for index in range(SMALL.size):
+        table = DecoyTable(key_at(SMALL, index))
+        counts, known = random_counts(table, suspect), [random_counts(table, seed) for seed in references]
+        true, decoys = table.statistics(counts, torch.stack(known).sum(0))
+        each = [table.statistics(counts, one) for one in known]
+        assert true == pytest.approx(sum(one for one, _ in each) / len(each), abs=1e-12)
+        torch.testing.assert_close(decoys, torch.stack([others for _, others in each]).mean(0))
+        p_values.append(randomisation_p_value(true, decoys))
+    for level in (1 / 72, 0.05, 0.2, 0.5):
+        assert sum(p <= level + 1e-12 for p in p_values) <= level * SMALL.size + 1e-9
+
+
+def test_several_references_from_models_to_evidence(tmp_path):
+    models = [Independent(), Thief(WatermarkKey.draw(7, "another owner")), Thief(WatermarkKey.draw(7, "a third"))]
+    known = [verify(model, KEY, FakeData(), **QUICK)[1] for model in models]
+    path = tmp_path / "evidence.json"
+    verdict, responses = verify(Thief(KEY, share=0.7), KEY, FakeData(), reference=known, evidence_path=path, **QUICK)
+    assert check_evidence(path, KEY) == verdict
+    assert verdict.verdict == "supported"
+    alone = [verify(Thief(KEY, share=0.7), KEY, FakeData(), reference=one, **QUICK)[0].statistic for one in known]
+    assert verdict.statistic == pytest.approx(sum(alone) / 3)
+    assert torch.equal(responses.reference, sum(one.counts for one in known))
+    with pytest.raises(ValueError, match="no reference model in the sequence"):
+        verify(Thief(KEY), KEY, FakeData(), reference=[], **QUICK)
+    _, other = verify(Independent(), KEY, FakeData(), **{**QUICK, "decoy_samples": 5})
+    with pytest.raises(ValueError, match="asked other questions"):
+        verify(Thief(KEY), KEY, FakeData(), reference=[known[0], other], **QUICK)
 
 
 def test_reference_to_other_questions_is_refused():

@@ -142,8 +142,63 @@ def test_an_independent_suspect_costs_the_budget_and_no_more():
 
     box = Box()
     result = SequentialTest(KEY, FakeData(per_class=30), budget=101, batch_pairs=8).run(box)
-    assert (result.stopped, result.queries, box.asked, result.pairs) == ("budget", 100, 100, 50)
+    assert (result.stopped, result.queries, box.asked, result.pairs) == ("budget", 100, 100, 25)
     assert (result.p_value, result.log_e) == (1, 0)
+    model = SequentialTest(KEY, FakeData(per_class=30), budget=101, batch_pairs=8).run(Independent())
+    assert (model.queries, model.pairs) == (100, 50)  # a module is asked no cover
+    with pytest.raises(ValueError, match=r"budget=3 does not pay for one pair and its cover, 4 queries"):
+        SequentialTest(KEY, FakeData(per_class=30), budget=3).run(box)
+
+
+class Watching:
+    """A black box that keeps what it is asked."""
+
+    def __init__(self, model):
+        self.model, self.batches = model, []
+
+    def query(self, x):
+        self.batches.append(x)
+        return self.model(x)
+
+
+def rows(x):
+    return [row.numpy().tobytes() for row in x]
+
+
+@pytest.mark.parametrize("cover", [0, 1, 2, 5])
+def test_a_black_box_is_asked_cover_that_changes_no_count(cover):
+    """The pairs are those that a module is asked, in the same batches; beside them lie composites of other classes and natural samples."""
+    data, options = FakeData(per_class=30), {"budget": 60, "batch_pairs": 5, "cover": cover}
+    box, thief = Watching(Thief(KEY, share=0.05)), Counting(KEY, share=0.05)
+    hidden = SequentialTest(KEY, data, **options).run(box)
+    plain = SequentialTest(KEY, data, **{**options, "budget": 2 * hidden.pairs}).run(thief)
+    assert hidden.pairs == 60 // (2 + cover)
+    assert hidden.queries == (2 + cover) * hidden.pairs == sum(map(len, box.batches))
+    assert (hidden.only_trigger, hidden.only_control, hidden.log_e) == (
+        plain.only_trigger,
+        plain.only_control,
+        plain.log_e,
+    )
+    natural, pairs = set(rows(data.tensors("test")[0])), rows(torch.cat(thief.batches))
+    asked = [rows(batch) for batch in box.batches]
+    everything = [row for batch in asked for row in batch]
+    assert len(set(everything)) == len(everything)  # nothing twice
+    assert set(pairs) <= set(everything)
+    assert sum(row in natural for row in everything) == cover * hidden.pairs // 2
+    if cover:
+        others = [row for row in everything if row not in natural and row not in set(pairs)]
+        assert len(others) == cover * hidden.pairs - cover * hidden.pairs // 2
+        first = [[row in set(pairs) for row in batch] for batch in asked]
+        assert any(not all(batch[: 2 * 5]) for batch in first)  # mixed, not appended
+
+
+@pytest.mark.filterwarnings("ignore:Class . has 12 sample")
+def test_where_natural_samples_end_cover_ends():
+    box = Watching(Independent())
+    result = SequentialTest(KEY, FakeData(), budget=2000, batch_pairs=8, cover=4).run(box)
+    # 144 pairs of 12 samples a class; 84 natural samples instead of 288
+    assert result.pairs == 144
+    assert result.queries == 288 + 288 + 84
 
 
 def test_the_same_seed_asks_the_same():

@@ -135,14 +135,39 @@ def test_independent_models_are_ranked_beside():
     assert any("conformal" in note for note in verdict.notes)
 
 
-def test_a_hand_picked_key_is_marked():
-    verdict = judge(answers(WatermarkKey((0, 1), 2, 7), cell_hits=20, hits=90), WatermarkKey((0, 1), 2, 7))
-    assert not verdict.exact
-    assert any("picked by hand" in note for note in verdict.notes)
+def test_a_hand_picked_key_is_inconclusive_at_most_and_all_its_numbers_are_told():
+    picked = WatermarkKey((0, 1), 2, 7)
+    drawn = dataclasses.replace(picked, drawn_uniformly=True)
+    for hits in ({"cell_hits": 20, "hits": 90}, {"cell_hits": 0, "hits": 60}, {"cell_hits": 10, "hits": 9, "n": 9}):
+        verdict, other = (judge(answers(key, **hits), key) for key in (picked, drawn))
+        assert other.exact
+        assert not verdict.exact
+        assert any("picked by hand" in note for note in verdict.notes)
+        assert verdict.verdict == ("inconclusive" if other.verdict == "supported" else other.verdict)
+        same = {"verdict", "reason", "notes", "exact"}
+        left, right = ({k: v for k, v in one.to_dict().items() if k not in same} for one in (verdict, other))
+        assert left == right
+        if other.verdict == "supported":
+            assert f"decoy-key p = {verdict.decoy_p:.2g}" in verdict.reason
+            assert "not drawn" in verdict.reason
+            assert "meadef key draw" in verdict.reason
+        else:
+            assert verdict.reason == other.reason
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.5, 0.999])
+def test_no_level_and_no_independent_models_support_a_hand_picked_key(alpha):
+    picked = WatermarkKey((0, 1), 2, 7)
+    verdict = judge(answers(picked, cell_hits=20, hits=90), picked, alpha, null_statistics=[-1.0] * 2000)
+    assert (verdict.verdict, verdict.conformal_p) == ("inconclusive", 1 / 2001)
+
+
+def test_a_way_outside_the_space_is_inconclusive_at_most():
     band = CombinerSpec("meadef_lightning.watermark.combiners.Band", {})
     outside = WatermarkKey((0, 1), 2, 7, combiner=band)
     verdict = judge(answers(outside, cell_hits=20, hits=90), outside)
     assert verdict.decoys == 7 * 6 * 5 * 9 - 1
+    assert verdict.verdict == "inconclusive"
     assert any("not in its declared key space" in note for note in verdict.notes)
     assert not any("Band" in note for note in verdict.notes)
 

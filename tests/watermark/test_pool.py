@@ -231,3 +231,14 @@ def test_errors_say_what_is_wrong():
         SourcePool.from_samples({})
     with pytest.raises(RuntimeError, match="check `ready` before drawing"):
         SourcePool((0, 1)).draw(1, torch.Generator())
+
+
+def test_the_classes_asked_for_get_the_same_draw():
+    pool = SourcePool.from_samples({label: torch.randn(9, 1, 2, 2) + 10 * label for label in (4, 2, 7)})
+    every = dict(zip(pool.classes, pool.draw(5, torch.Generator().manual_seed(1)), strict=True))
+    one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+    seven, four = pool.draw(5, one, (7, 4))
+    assert torch.equal(seven, every[7])
+    assert torch.equal(four, every[4])
+    pool.draw(5, other)
+    assert torch.equal(one.get_state(), other.get_state())

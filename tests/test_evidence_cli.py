@@ -1,0 +1,178 @@
+"""``meadef key check``, ``verify --reference`` twice, and ``meadef evidence check`` of suspects that number classes their own way."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from meadef_lightning.cli import main
+from meadef_lightning.data import DigitsDataModule
+from meadef_lightning.watermark import WatermarkKey
+
+SECRET = "zebra-quartz-8363-7457-vexing"  # noqa: S105  (of these tests)
+BEACON = "block 1234567: 00ab"
+SMALL = ["--verification.samples", "40", "--verification.decoys", "50", "--verification.decoy_samples", "4"]
+DIGITS = ["--data", "DigitsDataModule"]
+DATA = DigitsDataModule()
+DATA.prepare_data()
+DATA.setup("predict")
+NAMES = {"permuted": [3, 4, 5, 6, 7, 8, 9, 0, 1, 2], "merged": [0, 1, 2, 3, 4, 5, 6, 1, 8, 9]}
+
+
+def nearest(x):
+    """A classifier without weights: the nearest mean of the victim split."""
+    images, labels = DATA.tensors("victim")
+    means = torch.stack([images[labels == k].mean(0) for k in range(10)])
+    return torch.cdist(x.flatten(1), means.flatten(1)).argmin(1)
+
+
+def permuted(x):
+    return torch.tensor(NAMES["permuted"])[nearest(x)]
+
+
+def merged(x):
+    return torch.tensor(NAMES["merged"])[nearest(x)]
+
+
+class Stack(torch.nn.Sequential):
+    """Layers that a YAML lists."""
+
+    def __init__(self, layers: list[torch.nn.Module]):
+        super().__init__(*layers)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OWNER", SECRET)
+    monkeypatch.setenv("OTHER", "another secret of the owner")
+    return tmp_path
+
+
+@pytest.fixture
+def key(folder):
+    main(["key", "draw", "--classes", "10", "--secret-env", "OWNER", "--beacon", BEACON, "--output", "k.json"])
+    return WatermarkKey.load("k.json")
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def fails(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    text = str(stop.value.code) + capsys.readouterr().err
+    assert SECRET not in text
+    return text
+
+
+def test_a_draw_is_repeated_and_a_forged_one_found(key, capsys):
+    check = ["key", "check", "k.json", "--secret-env", "OWNER"]
+    main([*check, "--beacon", BEACON])
+    assert "does not tell how many secrets were tried" in capsys.readouterr().out
+    main(["key", "commit", "--key", "k.json", "--secret-env", "OWNER", "--beacon", BEACON, "--output", "c.json"])
+    main([*check, "--commitment", "c.json"])
+    assert "were committed to at 20" in capsys.readouterr().out
+    assert "cannot be repeated" in fails(check, capsys)  # no beacon
+    assert "cannot be repeated" in fails(
+        ["key", "check", "k.json", "--secret-env", "OTHER", "--beacon", BEACON], capsys
+    )
+    assert "another secret" in fails(
+        ["key", "check", "k.json", "--secret-env", "OTHER", "--commitment", "c.json"], capsys
+    )
+    assert "not allowed with" in fails([*check, "--beacon", BEACON, "--commitment", "c.json"], capsys)
+    # picked by hand, and its file says drawn: all that differs is one class
+    target = next(k for k in range(10) if k not in (*key.source_classes, key.target_class))
+    dataclasses.replace(key, target_class=target).save("k.json")
+    assert "claims a draw that cannot be repeated" in fails([*check, "--beacon", BEACON], capsys)
+    assert "about another key" in fails([*check, "--commitment", "c.json"], capsys)
+    dataclasses.replace(key, drawn_uniformly=False).save("k.json")
+    assert "picked by hand" in fails([*check, "--beacon", BEACON], capsys)
+    assert "Cannot read the commitment none.json" in fails([*check, "--commitment", "none.json"], capsys)
+    Path("c.json").write_bytes(Path("c.json").read_bytes() + b" " * (1 << 20))
+    assert "larger than 1048576 bytes" in fails([*check, "--commitment", "c.json"], capsys)
+
+
+def test_evidence_of_a_forged_key_is_found_with_the_secret(key, capsys):
+    forged = dataclasses.replace(key, source_classes=key.source_classes[::-1])
+    forged.save("forged.json")
+    for name in ("k", "forged"):
+        main(["verify", "--key", f"{name}.json", "--suspect", f"python:{__name__}:nearest", "--trust_code", *DIGITS, *SMALL, "--output", name])  # fmt: skip
+        main(["evidence", "check", f"{name}/evidence.json", "--key", f"{name}.json"])
+    check = ["--secret-env", "OWNER", "--beacon", BEACON]
+    capsys.readouterr()
+    main(["evidence", "check", "k/evidence.json", "--key", "k.json", *check])
+    assert "The key is what this secret and beacon give" in capsys.readouterr().out
+    assert "cannot be repeated" in fails(["evidence", "check", "forged/evidence.json", "--key", "forged.json", *check], capsys)  # fmt: skip
+    main(["evidence", "bundle", "k", "--key", "k.json", "--output", "b.zip"])
+    assert "commitment names the beacon" in fails(["evidence", "check", "b.zip", "--key", "k.json", *check], capsys)
+
+
+@pytest.mark.parametrize("suspect", sorted(NAMES))
+def test_labels_are_in_the_bundle_and_told_anew_from_the_judges_images(key, suspect, capsys):
+    asked = ["--suspect", f"python:{__name__}:{suspect}", "--trust_code", *DIGITS]
+    main(["verify", "--key", "k.json", *asked, *SMALL, "--align_labels", "--output", "judged"])
+    verdict = read("judged/verdict.json")
+    assert verdict["natural_accuracy"] > 0.75  # untranslated: nearly 0 where permuted
+    main(["evidence", "bundle", "judged", "--key", "k.json", *DIGITS, "--output", "b.zip"])
+    capsys.readouterr()
+    main(["evidence", "check", "b.zip", "--key", "k.json", *DIGITS])
+    text = capsys.readouterr().out
+    told = {"permuted": "numbers the classes in another order", "merged": "answers some classes alike (1, 7)"}[suspect]
+    assert told in text
+    assert f"Verdict of the evidence: {verdict['verdict']}. {verdict['reason']}" in text
+    # other images, other counts, the same map; that labels are translated need not be said again
+    main(["evidence", "check", "b.zip", "--key", "k.json", *asked, "--data.seed", "5"])
+    first, again = (read(f"{name}/labels.json") for name in ("judged", "runs/recheck"))
+    assert first["classes"] == again["classes"]
+    assert first["kind"] == again["kind"] == suspect.replace("permuted", "permutation")
+    assert first["counts"] != again["counts"]
+    assert read("runs/recheck/verdict.json")["natural_accuracy"] > 0.75
+    assert f"Verdict of the evidence: {verdict['verdict']} (p = " in capsys.readouterr().out
+    content = read("judged/evidence.json")
+    assert content["procedure"]["labels"] == first
+    content["procedure"]["labels"]["counts"][0][2] += 1
+    Path("judged/evidence.json").write_text(json.dumps(content))
+    assert "procedure.labels" in fails(["evidence", "check", "judged/evidence.json", "--key", "k.json"], capsys)
+
+
+def test_a_reference_may_be_given_again_and_again(key, folder):
+    models = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models[seed] = torch.nn.Linear(256, 10)
+        torch.save({f"1.{name}": value for name, value in models[seed].state_dict().items()}, f"{seed}.pt")
+    layers = [{"class_path": "torch.nn.Flatten"}, {"class_path": "torch.nn.Linear", "init_args": {"in_features": 256, "out_features": 10}}]  # fmt: skip
+    Path("m.yaml").write_text(
+        json.dumps({"model": {"class_path": f"{__name__}.Stack", "init_args": {"layers": layers}}})
+    )
+    found = {}
+    for name, given in {"0": ["0"], "1": ["1"], "both": ["0", "1"]}.items():
+        references = [word for one in given for word in ("--reference", f"{one}.pt")]
+        main(
+            [
+                "verify",
+                "--key",
+                "k.json",
+                "--suspect",
+                "0.pt",
+                "--model",
+                "m.yaml",
+                *references,
+                *DIGITS,
+                *SMALL,
+                "--output",
+                name,
+            ]
+        )
+        found[name] = read(f"{name}/verdict.json")
+    Path("one.yaml").write_text("reference: 1.pt")
+    main(["verify", "--config", "one.yaml", "--key", "k.json", "--suspect", "0.pt", "--model", "m.yaml", *DIGITS, *SMALL, "--output", "yaml"])  # fmt: skip
+    assert read("yaml/verdict.json") == found["1"]
+    assert found["both"]["reference"]
+    assert found["both"]["statistic"] == pytest.approx((found["0"]["statistic"] + found["1"]["statistic"]) / 2)
+    assert found["0"]["statistic"] == 0  # above itself
+    assert found["1"]["statistic"] != 0
