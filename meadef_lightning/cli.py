@@ -198,13 +198,15 @@ def _explain(command: str, error: Exception) -> None:
     """Ends the program with a message if it is all that a user needs of an error, and does nothing for others."""
     # not before there is an error, so that no command imports more than it needs
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from meadef_lightning.oracle import BudgetExceededError, LedgerError
-    from meadef_lightning.processes import ProcessFailedError, rank
+    from meadef_lightning.processes import ProcessFailedError
 
     ours = (MisconfigurationException, BudgetExceededError, LedgerError, ProcessFailedError, ValueError, OSError)
     if isinstance(error, ours) and not os.environ.get("MEADEF_DEBUG"):
-        sys.exit(f"meadef {command}{f' (process {rank()})' if rank() else ''}: {error}")
+        rank = getattr(rank_zero_only, "rank", 0)
+        sys.exit(f"meadef {command}{f' (process {rank})' if rank else ''}: {error}")
 
 
 if __name__ == "__main__":

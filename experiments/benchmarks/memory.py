@@ -29,7 +29,7 @@ from meadef_lightning.data.stored import StoredImages
 from meadef_lightning.experiment.artifacts import make_directory, write_json_atomic
 from meadef_lightning.oracle import HardLabel, Oracle, QueryLedger, Soft
 from meadef_lightning.verification import verify
-from meadef_lightning.verification.statistics import DecoyTable
+from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.watermark import WatermarkKey
 from meadef_lightning.watermark.feature_objective import FeatureObjective
 from meadef_lightning.watermark.objective import WatermarkObjective

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from meadef_lightning.verification.callback import INVALID, Queryable, answered_labels
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
+from meadef_lightning.verification.decoys import MAX_DECOYS, DecoyTable
 from meadef_lightning.verification.scores import key_scores, possible_targets
-from meadef_lightning.verification.statistics import MAX_DECOYS, DecoyTable
 from meadef_lightning.verification.verdict import Responses
 from meadef_lightning.watermark.key import DEFAULT_COMBINERS, CombinerSpec, KeySpace, WatermarkKey
 

@@ -151,7 +151,7 @@ class VerificationCallback(Callback):
         null_statistics: Statistics of independent models under the same key; see
             :func:`~meadef_lightning.verification.verdict.judge`.
         reference: Answers of a reference model, or of several, to the same questions; see
-            :meth:`~meadef_lightning.verification.statistics.DecoyTable.statistics`.
+            :meth:`~meadef_lightning.verification.decoys.DecoyTable.statistics`.
 
     Attributes:
         verdict: The verdict, after the run.

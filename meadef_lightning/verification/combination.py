@@ -4,7 +4,7 @@
 
 **Several keys against one suspect.** An owner may embed R keys, each drawn on its own. Given the suspect, their decoy-key p-values
 are independent, provided that each key has decoys of its own: either all other keys of the space, or a draw, which
-:class:`~meadef_lightning.verification.statistics.DecoyTable` seeds with the key's salt. Each takes finitely many values and is no
+:class:`~meadef_lightning.verification.decoys.DecoyTable` seeds with the key's salt. Each takes finitely many values and is no
 smaller, stochastically, than a uniform number, so Fisher's product is valid, if a little conservative. The bare product of p-values
 is *not* a p-value. With two keys the reach grows from 1/5,760 to 5·10⁻⁷.
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from meadef_lightning.__about__ import __version__
 from meadef_lightning.data.stored import Images, batches
+from meadef_lightning.verification.decoys import DecoyTable, seeded_permutation
 from meadef_lightning.verification.evidence_form import (
     LABELLED,
     SCHEMA_VERSION,
@@ -37,7 +38,6 @@ from meadef_lightning.verification.evidence_form import (
     listed,
 )
 from meadef_lightning.verification.labels import LabelMap
-from meadef_lightning.verification.statistics import DecoyTable, seeded_permutation
 from meadef_lightning.verification.verdict import Responses, Verdict, judge
 from meadef_lightning.watermark.key import WatermarkKey
 

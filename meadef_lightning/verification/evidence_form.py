@@ -8,7 +8,7 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
-from meadef_lightning.verification.statistics import MANY_CLASSES, MAX_DECOYS
+from meadef_lightning.verification.decoys import MANY_CLASSES, MAX_DECOYS
 from meadef_lightning.verification.verdict import Verdict
 
 SCHEMA_VERSION = 3

@@ -1,7 +1,7 @@
 """Verification of an encoder by its features alone: for an owner who may ask a suspect for embeddings, and sees no classes.
 
 **Source.** Feature-space half of the watermark (MEA-Defender, S&P 2024, Eq. 6–8: watermark samples lie where the target class lies), judged
-by the same decoy-key randomisation test as a classifier (`meadef_lightning.verification.statistics.DecoyTable`).
+by the same decoy-key randomisation test as a classifier (`meadef_lightning.verification.decoys.DecoyTable`).
 
 **Algorithm.** 1. Ask the verification samples as they are; subtract the mean of the classes' means ``m`` from every feature, here and
 below; ``u_t`` is the direction of class ``t``'s mean. 2. Ask ``decoy_samples`` composites of every cell (source a, source b, way c): ``S[a,b,c][t]`` is
@@ -45,7 +45,7 @@ from meadef_lightning.verification import statistics
 from meadef_lightning.verification.callback import Queryable
 from meadef_lightning.verification.camouflage import CamouflagedDataModule
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
-from meadef_lightning.verification.statistics import DecoyTable
+from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.verdict import Decision, at_most, check_plan
 from meadef_lightning.watermark.key import WatermarkKey
 

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from meadef_lightning.verification.statistics import MAX_DECOYS, effective_sample_size
+from meadef_lightning.verification.decoys import MAX_DECOYS
+from meadef_lightning.verification.statistics import effective_sample_size
 
 _MAX_SAMPLES = 1 << 15
 

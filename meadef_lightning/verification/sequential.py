@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from meadef_lightning.verification.callback import INVALID, OutputKey, Queryable, SuspectModule, answered_labels
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
-from meadef_lightning.verification.statistics import seeded_permutation
+from meadef_lightning.verification.decoys import seeded_permutation
 from meadef_lightning.watermark.key import WatermarkKey
 
 _MOST_DECOYS = 999

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from meadef_lightning.verification import statistics
-from meadef_lightning.verification.statistics import DecoyTable
+from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.watermark.key import WatermarkKey
 
 Decision = Literal["supported", "inconclusive", "not supported"]

@@ -124,7 +124,8 @@ class NetworkModule(LightningModule):
     def shard(self) -> None:
         """Spreads the network's weights over the processes if Lightning's ``ModelParallelStrategy`` (FSDP2) trains, once.
 
-        The network is one unit: gradients and optimiser state are spread, its weights are put together while it computes.
+        The network is one unit: gradients and optimiser state are spread, its weights are put together while it computes. FSDP2 leaves
+        BatchNorm's statistics to each process, and checkpoints hold rank zero's: with such layers a resumed run is not bit-identical.
 
         Raises:
             MisconfigurationException: If there are weights besides the network's, which would go apart unseen.

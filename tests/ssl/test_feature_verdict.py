@@ -14,6 +14,7 @@ from torch import nn
 from meadef_lightning.oracle import Oracle
 from meadef_lightning.oracle.policies import Features
 from meadef_lightning.verification.datamodule import VerificationDataModule, source_pairs
+from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.features import (
     FeatureAnswers,
     class_directions,
@@ -21,7 +22,7 @@ from meadef_lightning.verification.features import (
     feature_verdict,
     judge_features,
 )
-from meadef_lightning.verification.statistics import DecoyTable, randomisation_p_value
+from meadef_lightning.verification.statistics import randomisation_p_value
 from meadef_lightning.watermark import KeySpace
 from meadef_lightning.watermark.key import DEFAULT_COMBINERS
 

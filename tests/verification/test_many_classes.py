@@ -8,11 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from verification_fakes import FakeData
 
-from meadef_lightning.verification import evidence_form, statistics
+from meadef_lightning.verification import decoys, evidence_form
 from meadef_lightning.verification.answers import ask_everything
+from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.evidence import Evidence, check_evidence, check_size
 from meadef_lightning.verification.labels import align_labels
-from meadef_lightning.verification.statistics import DecoyTable, intraclass_correlation
+from meadef_lightning.verification.statistics import intraclass_correlation
 from meadef_lightning.verification.verdict import Responses, judge
 from meadef_lightning.watermark import KeySpace, WatermarkKey
 
@@ -64,7 +65,7 @@ def test_decoys_of_a_million_classes_are_uniform():
 
 def test_few_classes_keep_the_draw_that_old_evidence_has():
     table = DecoyTable(WatermarkKey.draw(20, "secret"), 50)
-    words = statistics.seeded_stream(50, "decoys", table.key.salt, 0)
+    words = decoys.seeded_stream(50, "decoys", table.key.salt, 0)
     drawn = [table.space.key_at(int(word) % table.space.size) for word in words]
     assert table.drawn.tolist() == [list(key) for key in drawn]
 
@@ -79,8 +80,8 @@ def test_a_narrow_table_gives_the_statistics_of_the_whole_one(block, monkeypatch
     expected = whole.statistics(counts, known)
     scores = torch.randn(counts.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected_scores = whole.score_statistics(scores)
-    monkeypatch.setattr(statistics, "MANY_CLASSES", 5)
-    monkeypatch.setattr(statistics, "_BLOCK", block)
+    monkeypatch.setattr(decoys, "MANY_CLASSES", 5)
+    monkeypatch.setattr(decoys, "_BLOCK", block)
     narrow = DecoyTable(key, 12)
     assert narrow.width == len(narrow.targets) + 1 <= 14
     assert narrow.targets.tolist() == sorted({*narrow.drawn[:, 2].tolist(), key.target_class})
@@ -94,8 +95,8 @@ def test_a_narrow_table_gives_the_statistics_of_the_whole_one(block, monkeypatch
 
 @pytest.mark.parametrize("block", [3, 128])
 def test_correlation_is_that_of_the_other_compared_cells(block, monkeypatch):
-    monkeypatch.setattr(statistics, "MANY_CLASSES", 5)
-    monkeypatch.setattr(statistics, "_BLOCK", block)
+    monkeypatch.setattr(decoys, "MANY_CLASSES", 5)
+    monkeypatch.setattr(decoys, "_BLOCK", block)
     table = DecoyTable(WatermarkKey.draw(30, "secret"), 12)
     counts = counted(table, answered(table))
     own = (*table.key.source_classes, table.way, table.key.target_class)
@@ -113,7 +114,7 @@ def test_correlation_is_that_of_the_other_compared_cells(block, monkeypatch):
 
 
 def test_evidence_of_a_narrow_table(tmp_path, monkeypatch):
-    for module in (statistics, evidence_form):
+    for module in (decoys, evidence_form):
         monkeypatch.setattr(module, "MANY_CLASSES", 5)
     key = WatermarkKey.draw(30, "secret")
     table = DecoyTable(key, 12)

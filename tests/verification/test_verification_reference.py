@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from verification_fakes import KEY, FakeData, Independent, Thief, key_at
 
 from meadef_lightning.verification import EvidenceError, check_evidence, verify
-from meadef_lightning.verification.statistics import DecoyTable, randomisation_p_value
+from meadef_lightning.verification.decoys import DecoyTable
+from meadef_lightning.verification.statistics import randomisation_p_value
 from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace, WatermarkKey
 
 QUICK = {"samples": 60, "decoy_samples": 4, "accelerator": "cpu"}

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from verification_fakes import KEY, FakeData, Thief, key_at
 
 from meadef_lightning.verification import VerificationDataModule, judge
+from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.scores import key_scores, possible_targets
-from meadef_lightning.verification.statistics import DecoyTable, randomisation_p_value
+from meadef_lightning.verification.statistics import randomisation_p_value
 from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace
 
 SPACE = KeySpace(5, DEFAULT_COMBINERS[:2])  # 120 keys

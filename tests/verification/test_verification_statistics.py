@@ -8,16 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verification_fakes import key_at
 
+from meadef_lightning.verification.decoys import DecoyTable, seeded_permutation, seeded_stream
 from meadef_lightning.verification.statistics import (
-    DecoyTable,
     clopper_pearson_upper,
     conformal_p_value,
     effective_sample_size,
     intraclass_correlation,
     mcnemar_exact,
     randomisation_p_value,
-    seeded_permutation,
-    seeded_stream,
     summary,
     wilson_interval,
 )

@@ -7,7 +7,7 @@ import torch
 from verification_fakes import KEY
 
 from meadef_lightning.verification import Responses, decoy_statistics, judge
-from meadef_lightning.verification.statistics import DecoyTable
+from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.watermark import DEFAULT_COMBINERS, CombinerSpec, WatermarkKey
 
 A, B = KEY.source_classes
