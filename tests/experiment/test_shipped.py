@@ -85,7 +85,8 @@ def test_every_removal_and_every_search(tmp_path, capsys):
     assert {"removal-victim.png", "removal-soft.png", "removal-patched.png"} <= {
         path.name for path in (tmp_path / "out" / "figures").iterdir()
     }
-    assert (tmp_path / "out" / "search-neural-cleanse-victim" / "figures" / "triggers.png").exists()
+    searched = next(item["of"][0] for item in config["detection"] if item["name"] == "neural-cleanse")
+    assert (tmp_path / "out" / f"search-neural-cleanse-{searched}" / "figures" / "triggers.png").exists()
     assert "Searches for a watermark" in capsys.readouterr().out
 
 
