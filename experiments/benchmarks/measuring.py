@@ -16,9 +16,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+
+BARE_TRAINER: dict[str, Any] = {
+    "max_epochs": 1,
+    "limit_val_batches": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Arguments of a Trainer whose steps are timed: nothing but the steps."""
 
 # not ru_maxrss, which a child inherits from its parent on Linux
 _RESIDENT = (

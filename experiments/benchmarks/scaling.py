@@ -32,7 +32,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
-from meadef_lightning.experiments.benchmarks.measuring import Section, compared, in_turns, machine, show, spread
+from meadef_lightning.experiments.benchmarks.measuring import (
+    BARE_TRAINER,
+    Section,
+    compared,
+    in_turns,
+    machine,
+    show,
+    spread,
+)
 from meadef_lightning.experiments.benchmarks.step_time import watermark
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -122,12 +130,7 @@ def train(
             devices=size,
             strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(minutes=10)) if size > 1 else "auto",
             use_distributed_sampler=False,  # each process has made images of its own
-            max_epochs=1,
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **BARE_TRAINER,
             callbacks=[embed, clock] if embed else [clock],
         )
         trainer.fit(

@@ -5,7 +5,7 @@
 Each round trains a few steps of Lightning's real loop with and without
 :class:`~meadef_lightning.watermark.feature_callback.FeatureWatermarkCallback`, whose embedding begins in the middle of the run, and
 times the last ones of both; the ratio is taken within a round, and the median over rounds is told with the range. Peak memory comes
-from one fresh process per variant. Writes ``ssl_step.json`` and prints a table. The issue's bound is a ratio of 1.35.
+from one fresh process per variant. Writes ``ssl_step.json`` and prints a table. The aim is a ratio of at most 1.35.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from meadef_lightning.experiments.benchmarks.measuring import (
+    BARE_TRAINER,
     Section,
     compared,
     in_turns,
@@ -55,12 +56,7 @@ def measure(variant: str, network: str, batch_size: int, image_size: int, steps:
     watch = Stopwatch()
     with quiet():
         trainer = Trainer(
-            max_epochs=1,
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **BARE_TRAINER,
             callbacks=[*callbacks, watch],
         )
         loader = DataLoader(data, batch_size)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from meadef_lightning.experiments.benchmarks.measuring import clock
+from meadef_lightning.experiments.benchmarks.measuring import BARE_TRAINER, clock
 from meadef_lightning.experiments.benchmarks.measuring import peak_memory as peak_of
 from rich.console import Console
 from rich.table import Table
@@ -111,11 +111,7 @@ def measure(variant: str, batch_size: int, image_size: int, steps: int) -> list[
     data = DataLoader(TensorDataset(torch.randn(count, 3, image_size, image_size), labels), batch_size)
     watch, embed = Stopwatch(), watermark(variant)
     trainer = Trainer(
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **BARE_TRAINER,
         callbacks=[embed, watch] if embed else [watch],
     )
     with quiet():

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from meadef_lightning.experiments.benchmarks.measuring import (
+    BARE_TRAINER,
     Section,
     compared,
     in_turns,
@@ -135,12 +136,7 @@ def training_step(module: Callable[[], LightningModule], x: Tensor, y: Tensor, b
     watch = Stopwatch()
     with quiet():
         trainer = Trainer(
-            max_epochs=1,
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **BARE_TRAINER,
             callbacks=[watch],
         )
         loader = DataLoader(TensorDataset(x, y), batch_size)

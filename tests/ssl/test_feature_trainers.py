@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launched import run_workers, two_ranks
 from ssl_modules import BYOL, MoCo, SimCLR, callback, differences, fit, make, margin, recorded_draws, steady, with_term
 
 HERE = Path(__file__).parent
@@ -55,37 +52,8 @@ def test_bf16_embeds():
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "tests",
-    }
-    command, running = [sys.executable, str(HERE / "feature_worker.py"), str(folder)], []
-    try:
-        for rank in range(2):
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with (folder / f"log.{rank}").open("w") as log:
-                running.append(subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT))
-        for process in running:
-            process.wait(300)  # seconds; a few on a free core
-    except subprocess.TimeoutExpired:
-        pass  # what is missing is reported with the logs
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    logs = run_workers(HERE / "feature_worker.py", folder, [(env, []) for env in two_ranks()])
     files = [folder / f"{rank}.json" for rank in range(2)]
-    logs = {path.name: path.read_text()[-2000:] for path in folder.glob("log.*")}
     assert all(path.is_file() for path in files), logs
     return [json.loads(path.read_text()) for path in files]
 

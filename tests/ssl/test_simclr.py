@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launched import ALONE, run_workers, two_ranks
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -131,35 +128,9 @@ def test_digits_are_told_apart_without_labels():
 def processes(tmp_path_factory):
     """The same training on two processes, and on one with their batches joined."""
     folder = tmp_path_factory.mktemp("simclr")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    everywhere = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "tests",
-    }
-    environments = [{**everywhere, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    running = []
-    try:
-        for number, env in enumerate([*environments, everywhere]):
-            with (folder / f"log.{number}").open("w") as log:
-                command = [sys.executable, str(HERE / "simclr_worker.py"), str(folder)]
-                running.append(subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT))
-        for process in running:
-            process.wait(300)  # seconds; a few on a free core
-    except subprocess.TimeoutExpired:
-        pass  # what is missing is reported with the logs
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    workers = [(env, []) for env in (*two_ranks(), ALONE)]
+    logs = run_workers(HERE / "simclr_worker.py", folder, workers)
     files = [folder / name for name in ("2.0.json", "2.1.json", "1.0.json")]
-    logs = {path.name: path.read_text()[-2000:] for path in folder.glob("log.*")}
     assert all(path.is_file() for path in files), logs
     return [json.loads(path.read_text()) for path in files]
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launched import ALONE, run_workers, two_ranks
 
 HERE = Path(__file__).parent
 TIMEOUT = 300  # seconds for all scenarios; about 30 on a free core
@@ -28,49 +26,13 @@ pytestmark = [
 def results(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     """Starts the two processes as torchrun would, and returns what each rank found."""
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "tests",
-    }
-    everywhere = {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    ranks = [{**everywhere, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    command = [sys.executable, str(HERE / "distributed_worker.py"), str(folder)]
-    processes, logs = [], []
-    try:
-        for name, env in (("0", ranks[0]), ("1", ranks[1]), ("spawned", everywhere)):
-            logs.append((folder / f"log.{name}").open("w"))
-            arguments = [*command, "spawned"] if name == "spawned" else command
-            processes.append(
-                subprocess.Popen(
-                    arguments, env={**os.environ, **env}, cwd=folder, stdout=logs[-1], stderr=subprocess.STDOUT
-                )
-            )
-        for process in processes:
-            process.wait(TIMEOUT)
-    except subprocess.TimeoutExpired:
-        pass  # what is missing below is reported with the log
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
+    here = {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    workers = [({**env, **here}, []) for env in two_ranks()] + [({**ALONE, **here}, ["spawned"])]
+    logs = run_workers(HERE / "distributed_worker.py", folder, workers, TIMEOUT)
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         found.setdefault(path.name.split(".")[0], []).append(json.loads(path.read_text()))
-    found["log"] = [{log.name: log.read_text()[-3000:]} for log in sorted(folder.glob("log.*"))]
+    found["log"] = [logs]
     return found
 
 
