@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from meadef_lightning.__about__ import __version__
 
@@ -42,6 +43,7 @@ def _lightning(arguments: list[str]) -> None:
     import meadef_lightning.extraction
     import meadef_lightning.victims
     import meadef_lightning.watermark  # noqa: F401  so that bare class names resolve
+    from meadef_lightning.experiment.messages import LightningParser
     from meadef_lightning.experiment.save_config import RunConfig
 
     LightningCLI(
@@ -52,11 +54,13 @@ def _lightning(arguments: list[str]) -> None:
         save_config_callback=RunConfig,
         seed_everything_default=0,
         auto_configure_optimizers=False,
+        parser_class=LightningParser,
         args=arguments,
     )
 
 
 def _run(arguments: list[str], files: Sequence[str] = (), program: str = "meadef run") -> None:
+    from meadef_lightning.experiment.checks import check_files
     from meadef_lightning.experiment.load import Experiment, experiment_parser
     from meadef_lightning.experiment.tracking import Tracking, default_output
 
@@ -77,11 +81,12 @@ def _run(arguments: list[str], files: Sequence[str] = (), program: str = "meadef
     chosen = [str(file) for file in files]
     while rest and not rest[0].startswith("-"):
         chosen.append(rest.pop(0))
-    if not chosen and not {"-h", "--help", "--config"} & {part.partition("=")[0] for part in rest}:
-        raise ValueError(f"{program} needs an experiment file, e.g. {program} experiments/digits/supervised.yaml.")
-    for file in chosen:
-        if not Path(file).is_file():
-            raise ValueError(f"There is no experiment file {file}; see experiments/ for those that exist.")
+    given = {part.partition("=")[0] for part in rest}
+    if not chosen and not {"-h", "--help", "--config"} & given:
+        raise ValueError(
+            "Give an experiment file, before all options, e.g. meadef run experiments/digits/supervised.yaml --output results"
+        )
+    check_files(chosen, whole=bool({"-h", "--help", "--config", "--experiment"} & given))
     config = parser.parse_args([part for file in chosen for part in ("--config", file)] + rest)
     output = Path(config.pop("output") or default_output(config.experiment))
     tracking = Tracking.pop(config)
@@ -112,12 +117,16 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _verify(arguments: list[str]) -> None:
+    from meadef_lightning.experiment.artifacts import make_directory
     from meadef_lightning.experiment.bundles import record_command
     from meadef_lightning.experiment.judge import judge_suspect, verify_parser
+    from meadef_lightning.experiment.lock import locked
 
     options = verify_parser(prog="meadef verify").parse_args(arguments)
-    judge_suspect(options)
-    record_command(Path(options.output), "meadef verify", arguments)
+    output = make_directory(options.output)
+    with locked(output):
+        record_command(output, "meadef verify", arguments)
+        judge_suspect(options)
 
 
 def _grid(arguments: list[str]) -> None:
@@ -187,11 +196,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         handler(passed)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nmeadef {command}: interrupted; the same command goes on from here.\n")
-        sys.exit(130)
+        _interrupted(command)
+    except SystemExit as stop:
+        # what Lightning makes of Ctrl-C during a training
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            _interrupted(command)
+        raise
     except Exception as error:
         _explain(command, error)
         raise
+
+
+def _interrupted(command: str) -> NoReturn:
+    """Ends the program after Ctrl-C."""
+    kept = "; the same command goes on from here" if command in ("demo", "run", "grid", "verify") else ""
+    sys.stderr.write(f"\nmeadef {command}: interrupted{kept}.\n")
+    sys.exit(130)
 
 
 def _explain(command: str, error: Exception) -> None:
@@ -206,7 +226,12 @@ def _explain(command: str, error: Exception) -> None:
     ours = (MisconfigurationException, BudgetExceededError, LedgerError, ProcessFailedError, ValueError, OSError)
     if isinstance(error, ours) and not os.environ.get("MEADEF_DEBUG"):
         rank = getattr(rank_zero_only, "rank", 0)
-        sys.exit(f"meadef {command}{f' (process {rank})' if rank else ''}: {error}")
+        from meadef_lightning.experiment.messages import readable
+
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror and text.startswith("[Errno"):
+            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        sys.exit(f"meadef {command}{f' (process {rank})' if rank else ''}: {readable(text)}")
 
 
 if __name__ == "__main__":

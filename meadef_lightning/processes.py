@@ -181,6 +181,12 @@ def bare_trainer(options: Mapping[str, Any]) -> Trainer:
         )
 
 
+def device_of(options: Mapping[str, Any]) -> torch.device:
+    """Returns this process's device in a Trainer with these options, as Lightning chooses it; see :func:`bare_trainer`."""
+    device: torch.device = bare_trainer(options).strategy.root_device
+    return device
+
+
 def one_process(device: torch.device) -> dict[str, Any]:
     """Returns the options of a Trainer that runs in this process alone, on a device."""
     devices = 1 if device.index is None else [device.index]

@@ -11,10 +11,13 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from meadef_lightning import cli
 from meadef_lightning.cli import main
 from meadef_lightning.data import DigitsDataModule
+from meadef_lightning.experiment.lock import locked
 from meadef_lightning.victims import SupervisedVictim
 from meadef_lightning.victims.networks import DigitsCNN
 from meadef_lightning.watermark import WatermarkKey
@@ -150,6 +153,7 @@ SMALL = [
 
 
 def verify(tmp_path, key_file, suspect, *more):
+    (tmp_path / "verdict" / "evidence.json").unlink(missing_ok=True)  # of another command it is not overwritten
     main(["verify", "--key", key_file, "--suspect", str(suspect), *SMALL, "--output", str(tmp_path / "verdict"), *more])
     return json.loads((tmp_path / "verdict" / "verdict.json").read_text())
 
@@ -185,7 +189,7 @@ def fails(arguments, capsys):
     ("arguments", "message"),
     [
         (["destroy"], "no command 'destroy'; it is one of demo, run, grid, verify, key, evidence, serve, fit"),
-        (["run"], "needs an experiment file"),
+        (["run"], "Give an experiment file, before all options, e.g. meadef run"),
         (["run", "missing.yaml"], "no experiment file missing.yaml"),
     ],
 )
@@ -198,7 +202,7 @@ def test_verify_mistakes(tmp_path, key_file, capsys):
     base = ["verify", "--output", str(tmp_path / "out"), *SMALL]
     (tmp_path / "corrupt.json").write_text("{")
     assert "not valid JSON" in fails([*base, "--key", str(tmp_path / "corrupt.json"), "--suspect", str(folder)], capsys)
-    assert "There is no suspect" in fails([*base, "--key", key_file, "--suspect", str(tmp_path / "none")], capsys)
+    assert "There is no model at" in fails([*base, "--key", key_file, "--suspect", str(tmp_path / "none")], capsys)
     three = str(WatermarkKey.draw(3, "x").save(tmp_path / "three.json"))
     assert "key is for 3 classes" in fails([*base, "--key", three, "--suspect", str(folder)], capsys)
     (folder / "checkpoints" / "model.ckpt").write_bytes(b"garbage")
@@ -207,6 +211,19 @@ def test_verify_mistakes(tmp_path, key_file, capsys):
     message = fails([*base, "--key", key_file, "--suspect", str(tmp_path / "bare.ckpt")], capsys)
     assert "no config.yaml beside" in message
     assert "--model" in message
+
+
+def test_verify_keeps_what_another_command_found_and_one_at_a_time(tmp_path, key_file, capsys):
+    folder, _ = checkpoint(tmp_path)
+    output = tmp_path / "out"
+    command = ["verify", "--key", key_file, "--suspect", str(folder), *SMALL, "--output", str(output)]
+    main(command)
+    main(command)  # the same again is no other finding
+    evidence = (output / "evidence.json").read_bytes()
+    assert "holds the evidence of: meadef verify" in fails([*command, "--verification.seed", "1"], capsys)
+    assert (output / "evidence.json").read_bytes() == evidence
+    with locked(output):
+        assert "Another run is at work" in fails(command, capsys)
 
 
 @pytest.fixture
@@ -290,14 +307,44 @@ def test_serve_mistakes(tmp_path, capsys, monkeypatch):
     ledger = QueryLedger(tmp_path / "served" / "alice.sqlite")
     Oracle(DigitsCNN(10, 1), Soft(), ledger).query(torch.zeros(1, 1, 16, 16))
     assert "answers of another victim or policy" in fails(base, capsys)
+    assert "port=70000 must lie in 0 to 65535" in fails(
+        [*base[:-1], str(tmp_path / "other"), "--port", "70000"], capsys
+    )
+    assert "--device bogus cannot be used here" in fails([*base, "--device", "bogus"], capsys)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "meadef_lightning.oracle.server", raising=False)
     assert 'pip install "meadef-lightning[serve]"' in fails(base, capsys)
+
+
+@pytest.mark.parametrize(("command", "told"), [("run", "; the same command goes on from here"), ("serve", "")])
+@pytest.mark.parametrize("training", [False, True])
+def test_ctrl_c(command, told, training, monkeypatch, capsys):
+    def interrupted(_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if training:  # as Lightning does
+                sys.exit(1)
+            raise
+
+    monkeypatch.setitem(cli._COMMANDS, command, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main([command])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == f"\nmeadef {command}: interrupted{told}.\n"
+
+
+def test_other_exits_stay_as_they_are(monkeypatch, capsys):
+    monkeypatch.setitem(cli._COMMANDS, "run", lambda _: sys.exit(3))
+    with pytest.raises(SystemExit) as stop:
+        main(["run"])
+    assert stop.value.code == 3
+    assert not capsys.readouterr().err
 
 
 def test_a_users_error_has_no_traceback_unless_asked_for(monkeypatch):
     with pytest.raises(SystemExit):
         main(["run", "missing.yaml"])
     monkeypatch.setenv("MEADEF_DEBUG", "1")
-    with pytest.raises(ValueError, match="no experiment file"):
+    with pytest.raises(MisconfigurationException, match="no experiment file"):
         main(["run", "missing.yaml"])

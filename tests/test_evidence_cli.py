@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from meadef_lightning.cli import main
 from meadef_lightning.data import DigitsDataModule
+from meadef_lightning.experiment.bundles import record_command
 from meadef_lightning.watermark import WatermarkKey
 
 SECRET = "zebra-quartz-8363-7457-vexing"  # noqa: S105  (of these tests)
@@ -99,13 +101,16 @@ def test_a_draw_is_repeated_and_a_forged_one_found(key, capsys):
 def test_evidence_of_a_forged_key_is_found_with_the_secret(key, capsys):
     forged = dataclasses.replace(key, source_classes=key.source_classes[::-1])
     forged.save("forged.json")
-    for name in ("k", "forged"):
+    for name in ("k", "forged"):  # as their files say
         main(["verify", "--key", f"{name}.json", "--suspect", f"python:{__name__}:nearest", "--trust_code", *DIGITS, *SMALL, "--output", name])  # fmt: skip
         main(["evidence", "check", f"{name}/evidence.json", "--key", f"{name}.json"])
+    assert capsys.readouterr().out.count("That the key was drawn is its owner's word") == 2
     check = ["--secret-env", "OWNER", "--beacon", BEACON]
-    capsys.readouterr()
     main(["evidence", "check", "k/evidence.json", "--key", "k.json", *check])
-    assert "The key is what this secret and beacon give" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "The key is what this secret and beacon give" in text
+    assert "owner's word" not in text
+    assert "not this package's" not in text  # its space is
     assert "cannot be repeated" in fails(["evidence", "check", "forged/evidence.json", "--key", "forged.json", *check], capsys)  # fmt: skip
     main(["evidence", "bundle", "k", "--key", "k.json", "--output", "b.zip"])
     assert "commitment names the beacon" in fails(["evidence", "check", "b.zip", "--key", "k.json", *check], capsys)
@@ -139,7 +144,7 @@ def test_labels_are_in_the_bundle_and_told_anew_from_the_judges_images(key, susp
     assert "procedure.labels" in fails(["evidence", "check", "judged/evidence.json", "--key", "k.json"], capsys)
 
 
-def test_a_reference_may_be_given_again_and_again(key, folder):
+def test_a_reference_may_be_given_again_and_again(key, folder, capsys):
     models = {}
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -176,3 +181,54 @@ def test_a_reference_may_be_given_again_and_again(key, folder):
     assert found["both"]["statistic"] == pytest.approx((found["0"]["statistic"] + found["1"]["statistic"]) / 2)
     assert found["0"]["statistic"] == 0  # above itself
     assert found["1"]["statistic"] != 0
+    # a judge who asks again is told that the evidence had references
+    again = [
+        "evidence",
+        "check",
+        "both/evidence.json",
+        "--key",
+        "k.json",
+        "--suspect",
+        "0.pt",
+        "--model",
+        "m.yaml",
+        *DIGITS,
+    ]
+    for given, told in (([], True), (["--reference", "1.pt"], False)):
+        capsys.readouterr()
+        main([*again, *given])
+        text = capsys.readouterr().out
+        assert "the mean of those of 2 reference models" in text
+        assert ("is above reference models. Asking again without --reference" in text) == told
+
+
+def test_the_recorded_command_holds_no_password(folder):
+    """Not even one with an @, which stands in a URL as it is typed."""
+    record_command(folder, "meadef verify", ["--suspect", "http://me:p@ss@host:80/a@b", "--output", "x@y"])
+    assert Path("command.txt").read_text() == "meadef verify --suspect http://host:80/a@b --output x@y\n"
+
+
+def test_evidence_is_not_overwritten_by_another_command(folder):
+    arguments = ["--suspect", "a"]
+    record_command(folder, "meadef verify", arguments)
+    record_command(folder, "meadef verify", ["--suspect", "b"])  # nothing came of the first one
+    Path("evidence.json").write_text("{}")
+    record_command(folder, "meadef verify", ["--suspect", "b"])
+    with pytest.raises(
+        FileExistsError, match=r"holds the evidence of: meadef verify --suspect b\. It is not overwritten: .*--output"
+    ):
+        record_command(folder, "meadef verify", arguments)
+    Path("command.txt").unlink()
+    with pytest.raises(FileExistsError, match="a command that is not known"):
+        record_command(folder, "meadef verify", arguments)
+
+
+def test_a_secret_in_the_environment_may_be_any_bytes(folder, monkeypatch, capsys):
+    """What is no text is no reason to show it in an error, and gives the key that its bytes give from a file."""
+    raw = SECRET.encode() + b"\xff\xfe"
+    monkeypatch.setitem(os.environb, b"RAW", raw)
+    (folder / "raw").write_bytes(raw)
+    (folder / "raw").chmod(0o600)
+    main(["key", "draw", "--classes", "10", "--secret-env", "RAW", "--output", "raw.json"])
+    main(["key", "check", "raw.json", "--secret-file", "raw"])
+    assert "The key is what this secret and beacon give" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from meadef_lightning.cli import main
 from meadef_lightning.data import DigitsDataModule
 from meadef_lightning.verification import EvidenceError
 from meadef_lightning.verification.commitment import Commitment, secret_commitment, timestamp_request
-from meadef_lightning.verification.evidence import tensors_fingerprint
+from meadef_lightning.verification.fingerprints import tensors_fingerprint
 from meadef_lightning.verification.signing import check_signature, load_signing_key, parse, render, sign
 from meadef_lightning.victims import SupervisedVictim
 from meadef_lightning.victims.networks import DigitsCNN

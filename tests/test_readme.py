@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -162,7 +163,7 @@ def test_wrong_commands_are_noticed(desk, monkeypatch):
     for line, error in {
         "meadef verify --key watermark.key.json": SystemExit,
         "meadef verify --key watermark.key.json --suspect x.pt --data DigitsDataModule --no_such_option 1": SystemExit,
-        "meadef run experiments/digits/no_such_file.yaml": ValueError,
+        "meadef run experiments/digits/no_such_file.yaml": MisconfigurationException,
         "meadef run experiments/digits/supervised.yaml --victim.trainer 7": SystemExit,
         "meadef no_such_command": SystemExit,
         "python -m meadef_lightning.experiments.benchmarks.step_time --no_such_option 1": SystemExit,

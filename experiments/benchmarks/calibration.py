@@ -50,7 +50,8 @@ from meadef_lightning.verification.answers import AnswerTable, ask_everything, s
 from meadef_lightning.verification.statistics import clopper_pearson_upper, wilson_interval
 from meadef_lightning.verification.verdict import PAPER_THRESHOLD
 from meadef_lightning.victims.classifier import one_cycle_factor
-from meadef_lightning.victims.networks import MLP, ConvClassifier, DigitsCNN, conv_stack, fully_connected
+from meadef_lightning.victims.layers import ConvClassifier, conv_stack, fully_connected
+from meadef_lightning.victims.networks import MLP, DigitsCNN
 from meadef_lightning.watermark import KeySpace, WatermarkKey
 
 ALPHA = 1e-3

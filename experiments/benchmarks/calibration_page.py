@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
-from meadef_lightning.experiment.figures import BLUE, GREY, VERMILION, house_style, new_figure, save
+from meadef_lightning.experiment.figure_style import BLUE, GREY, VERMILION, house_style, new_figure, save
 from meadef_lightning.verification.verdict import PAPER_THRESHOLD
 
 

@@ -46,7 +46,7 @@ from meadef_lightning.verification.crafted_sources import (
     source_accuracy,
 )
 from meadef_lightning.verification.false_claims import ClaimRate, KeyGrinding, RiggedReference, looks, pick_key
-from meadef_lightning.verification.verdict import with_reference
+from meadef_lightning.verification.responses import with_reference
 from meadef_lightning.watermark import WatermarkKey
 
 DIGITS = {

@@ -3,7 +3,7 @@
     python experiments/benchmarks/pareto.py experiments/fashion_mnist/supervised.yaml --output runs/pareto
 
 Each cell is one ``meadef run`` of the experiment (recipe x key x seed) in a directory of its own: an interrupted study goes on where
-it stopped, and finished cells are read. What does not depend on recipe and key (clean twin, reference, independent models) is
+it stopped, and finished cells are read. What does not depend on recipe and key (clean twin, references, independent models) is
 trained once a seed and shared. Written: ``pareto.csv`` (every suspect of every cell), ``pareto.md`` (means and 95 % intervals over
 cells), ``pareto.png`` (the fronts). The knee is the recipe on the front whose stolen WSR, soft and hard together, is highest at a mean
 accuracy cost of at most one point.
@@ -21,9 +21,10 @@ from typing import Any
 
 from meadef_lightning.experiment.aggregate import Estimate
 from meadef_lightning.experiment.artifacts import make_directory, read_json, write_text_atomic
-from meadef_lightning.experiment.figures import BLUE, VERMILION, house_style, new_figure, save
+from meadef_lightning.experiment.figure_style import BLUE, VERMILION, house_style, new_figure, save
 from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.pipeline import run
+from meadef_lightning.experiment.spec import ExperimentSpec
 
 _CALLBACK = "--watermark.callback.init_args"
 RECIPES: dict[str, list[str]] = {
@@ -50,31 +51,32 @@ RECIPES: dict[str, list[str]] = {
     ],
     "com .1": [f"{_CALLBACK}.balancing", "{class_path: meadef_lightning.watermark.Fixed, init_args: {com: 0.1}}"],
 }
-SHARED = ("clean", "reference")
 COLUMNS = ("recipe", "key", "seed", "cost", "suspect", "labels", "accuracy", "wsr", "wfpr", "p_value", "verdict")
+
+
+def shared_stages(spec: ExperimentSpec) -> list[str]:
+    """Names the stages that depend on neither recipe nor key."""
+    return ["clean", *spec.reference_names, *(name for control in spec.independent for name in control.names)]
 
 
 def cell(arguments: argparse.Namespace, recipe: str, key: str, seed: int, shared: Path) -> list[dict[str, Any]]:
     """Runs one cell, or reads it, and returns one row a suspect."""
     overrides = [*RECIPES[recipe], "--seeds", f"[{seed}]", "--watermark.key", f"{{public_secret: '{key}'}}"]
     experiment = load_experiment(arguments.experiment, overrides)
-    controls = [control.name for control in experiment.build().independent]
+    stages = shared_stages(experiment.build())
     output = make_directory(arguments.output / recipe.replace(" ", "-") / f"{key.replace(' ', '-')}-seed-{seed}")
     if any(override.startswith("--victim") for override in RECIPES[recipe]):
         shared = shared.with_name(recipe.replace(" ", "-"))  # another training has another clean twin
-    for directory in shared.glob("*"):
-        if not (output / directory.name).exists():
-            shutil.copytree(directory, output / directory.name)
+    for name in stages:
+        if (shared / name).exists() and not (output / name).exists():
+            shutil.copytree(shared / name, output / name)
     report = output / "report.json"
     if not report.exists():
         run(experiment, output)
-    for directory in output.iterdir():
-        if directory.is_dir() and (
-            directory.name in SHARED or any(directory.name.startswith(name) for name in controls)
-        ):
-            target = make_directory(shared) / directory.name
-            if not target.exists():
-                shutil.copytree(directory, target)
+    make_directory(shared)
+    for name in stages:
+        if (output / name).exists() and not (shared / name).exists():
+            shutil.copytree(output / name, shared / name)
     content = read_json(report)
     cost = 100 * (content["victim"]["clean_accuracy"] - content["victim"]["accuracy"])
     keep = ("labels", "accuracy", "wsr", "wfpr", "p_value", "verdict")

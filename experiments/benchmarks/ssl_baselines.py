@@ -35,7 +35,9 @@ from meadef_lightning.experiment.aggregate import Estimate
 from meadef_lightning.experiment.artifacts import make_directory, write_text_atomic
 from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.seed_run import SeedRun
-from meadef_lightning.experiment.stages import MODEL, derived_seed, extraction_stage, load_weights, train_stage
+from meadef_lightning.experiment.stages import extraction_stage, train_stage
+from meadef_lightning.experiment.training import derived_seed
+from meadef_lightning.experiment.weights import MODEL, load_weights
 from meadef_lightning.extraction.encoder_student import EncoderStudent
 from meadef_lightning.protection.patch_encoder import PatchEncoder
 from meadef_lightning.protection.sslguard import SSLGuard, watermark_rate

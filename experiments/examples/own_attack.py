@@ -105,7 +105,7 @@ def main(folder: Path = Path("runs/own_attack"), epochs: int = 25, queries: int 
 # %%
 def draw(verdicts: dict[str, Verdict], path: Path) -> None:
     """Draws the watermark success of each thief with its interval."""
-    from meadef_lightning.experiment.figures import VERMILION, house_style, new_figure, save
+    from meadef_lightning.experiment.figure_style import VERMILION, house_style, new_figure, save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with house_style():

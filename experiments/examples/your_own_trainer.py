@@ -99,7 +99,7 @@ def main(folder: Path = Path("runs/your_own_trainer"), epochs: int = 20) -> dict
 # %%
 def draw(verdicts: dict[str, Verdict], path: Path) -> None:
     """Draws the watermark success of each model, with its interval, beside that of the matched controls."""
-    from meadef_lightning.experiment.figures import BLUE, VERMILION, house_style, new_figure, save
+    from meadef_lightning.experiment.figure_style import BLUE, VERMILION, house_style, new_figure, save
 
     with house_style():
         figure = new_figure(4.2, 2.4)

@@ -7,21 +7,20 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from meadef_lightning.data.images import ImageDataset, TensorImages, channel_statistics, collate_batch
-from meadef_lightning.data.loading import EpochShuffle, ResumableLoader, batches_done
+from meadef_lightning.data.loading import EpochShuffle, ResumableDataModule, ResumableLoader
 from meadef_lightning.data.splits import SHARES, Split, split_indices
 
 _READ_BATCH = 512
 """Images read at a time where a whole split is read: bounds memory, large enough to be fast."""
 
 
-class SplitDataModule(LightningDataModule, ABC):
+class SplitDataModule(ResumableDataModule, ABC):
     """Images in five disjoint splits: for the victim, its validation, the attacker, the verification, and the test.
 
     The first four are drawn from the data's training part, with every class in nearly its overall proportion; the
@@ -164,6 +163,10 @@ class SplitDataModule(LightningDataModule, ABC):
         mean, std = self._mean, self._std
         if mean is None or std is None:
             mean, std = channel_statistics(map(train.pixels, torch.split(indices["victim"], _READ_BATCH)))
+        if len(mean) not in (1, self.image_shape[0]):
+            raise ValueError(
+                f"mean and std have {len(mean)} values, but the images have {self.image_shape[0]} channels; give one for each, or one for all."
+            )
         datasets = {name: train.view(rows, mean, std) for name, rows in indices.items()}
         if test is not None:
             datasets["test"] = test.view(test.indices, mean, std)
@@ -214,7 +217,7 @@ class SplitDataModule(LightningDataModule, ABC):
         dataset = self.dataset(self.train_split)
         self._shuffle_seed = torch.initial_seed() if self._resumed_seed is None else self._resumed_seed
         sampler = EpochShuffle(dataset, self._shuffle_seed)
-        return ResumableLoader(dataset, sampler=sampler, position=self._position, **self._loader_arguments())
+        return self.resumable_loader(dataset, sampler=sampler, **self._loader_arguments())
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -262,18 +265,15 @@ class SplitDataModule(LightningDataModule, ABC):
             return batch
         if self.augmentation is not None and self.trainer.training:
             x, y = batch
-            batch = self.augmentation(x), y
+            batch = self.augmentation.to(x.device)(x), y
         # Lightning calls the hook of the data module instead of the model's, not beside it.
         return self.trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)
-
-    def _position(self) -> int:
-        """Batches of the running epoch that are done; 0 between epochs."""
-        return batches_done(self.trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint must hold to continue with the same batches."""
-        return {"shuffle_seed": self._shuffle_seed, "train_sha256": _digest(self.dataset(self.train_split).indices)}
+        images = _digest(self.dataset(self.train_split).indices)
+        return {**super().state_dict(), "shuffle_seed": self._shuffle_seed, "train_sha256": images}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -282,6 +282,7 @@ class SplitDataModule(LightningDataModule, ABC):
         Args:
             state_dict: what ``state_dict`` returned.
         """
+        super().load_state_dict(state_dict)
         self._resumed_seed = state_dict["shuffle_seed"]
         if state_dict["train_sha256"] != _digest(self.dataset(self.train_split).indices):
             rank_zero_warn(
@@ -296,6 +297,7 @@ class SplitDataModule(LightningDataModule, ABC):
         Args:
             stage: ignored.
         """
+        super().teardown(stage)
         self._resumed_seed = None
 
     def split_summary(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, RandomSampler
 from typing_extensions import override
 
@@ -83,14 +83,15 @@ class ResumableLoader(DataLoader[Any]):
     Args:
         *args: see ``torch.utils.data.DataLoader``.
         position: tells how many batches of the current epoch are done.
+        skip: batches that the first pass leaves out.
         **kwargs: see ``torch.utils.data.DataLoader``.
     """
 
-    def __init__(self, *args: Any, position: Callable[[], int] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, position: Callable[[], int] | None = None, skip: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Lightning rebuilds loaders for several processes and finds the arguments by these names.
         self.position = position
-        self._skip = 0
+        self.skip = skip
 
     def state_dict(self) -> dict[str, int]:
         """Returns the number of batches of this epoch that are done, for a checkpoint."""
@@ -102,11 +103,58 @@ class ResumableLoader(DataLoader[Any]):
         Args:
             state: what ``state_dict`` returned.
         """
-        self._skip = state["batches"]
+        self.skip = state["batches"]
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator, so that nothing is drawn before the first batch is asked for: Lightning creates the iterator
         # of a resumed run before it announces the epoch, and loading processes would take the order of epoch 0.
-        skip, self._skip = self._skip, 0
+        skip, self.skip = self.skip, 0
         yield from islice(super().__iter__(), skip, None)
+
+
+class ResumableDataModule(LightningDataModule):
+    """Base of data modules whose training loaders continue in the middle of an epoch, whatever the module does.
+
+    The loader's own state says the same as the data module's, but Lightning does not hand it back where a module asked for
+    ``trainer.estimated_stepping_batches`` while it configured its optimisers, as one-cycle schedules do.
+    """
+
+    _done = 0
+
+    def resumable_loader(self, dataset: Any, **arguments: Any) -> ResumableLoader:
+        """Makes a training loader that begins where a checkpoint was written, if one was loaded since the last.
+
+        Args:
+            dataset: what to load.
+            **arguments: see ``torch.utils.data.DataLoader``.
+        """
+        skip, self._done = self._done, 0
+        return ResumableLoader(dataset, position=self._position, skip=skip, **arguments)
+
+    def _position(self) -> int:
+        """Batches of the running epoch that are done; 0 between epochs."""
+        return batches_done(self.trainer)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how many batches of the running epoch are done."""
+        return {"batches": self._position()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets the next training loader begin where the checkpoint was written.
+
+        Args:
+            state_dict: what ``state_dict`` returned.
+        """
+        self._done = state_dict.get("batches", 0)  # checkpoints of older data modules do not say
+
+    @override
+    def teardown(self, stage: str) -> None:
+        """Forgets a position that nobody asked for: tests load checkpoints, too.
+
+        Args:
+            stage: ignored.
+        """
+        self._done = 0

@@ -18,14 +18,14 @@ from meadef_lightning.experiment.keys import (
     say,
 )
 from meadef_lightning.verification.bundle import Bundle
-from meadef_lightning.verification.commitment import repeat_draw
+from meadef_lightning.verification.commitment import OWNERS_WORD, free_choices, repeat_draw
 from meadef_lightning.verification.evidence import Evidence
 from meadef_lightning.verification.evidence_form import EvidenceError
 from meadef_lightning.verification.signing import load_signing_key
 from meadef_lightning.verification.verdict import Verdict
 from meadef_lightning.watermark.key import WatermarkKey
 
-COMMAND = "command.txt"
+COMMAND, EVIDENCE = "command.txt", "evidence.json"
 
 
 def evidence_command(arguments: list[str]) -> None:
@@ -45,13 +45,25 @@ def evidence_command(arguments: list[str]) -> None:
 
 
 def record_command(output: Path, program: str, arguments: list[str]) -> None:
-    """Writes the command line beside its results, for the bundle; a password in a URL is left out."""
-    text = re.sub(r"(?<=://)[^/@\s]+@", "", shlex.join([*program.split(), *arguments]))
-    write_text_atomic(output / COMMAND, f"{text}\n")
+    """Writes the command line where its evidence will stand, for the bundle; a password in a URL is left out.
+
+    Raises:
+        FileExistsError: If the evidence of another command stands there: it is not overwritten. The same command may run again.
+    """
+    text = re.sub(r"(?<=://)[^/\s]+@", "", shlex.join([*program.split(), *arguments])) + "\n"
+    path = output / COMMAND
+    before = path.read_text(encoding="utf-8") if path.is_file() else "a command that is not known"
+    if (output / EVIDENCE).exists() and before != text:
+        raise FileExistsError(
+            f"{output} holds the evidence of: {before.strip()}. It is not overwritten: choose another directory with --output."
+        )
+    write_text_atomic(path, text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="meadef evidence", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="meadef evidence", description=(__doc__ or "").replace("``", ""), allow_abbrev=False
+    )
     actions = parser.add_subparsers(dest="action", required=True)
 
     bundle = actions.add_parser(
@@ -81,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("bundle", type=Path, help="Bundle directory or zip file, or a bare evidence.json.")
     check.add_argument("--key", type=Path, help="Key file, unless the bundle discloses the key.")
     check.add_argument("--signer", help="Public key that must have signed the bundle, 64 hexadecimal digits.")
-    check.add_argument("--output", type=Path, default=Path("runs/recheck"), help="Results of asking again.")
+    check.add_argument(
+        "--output", type=Path, default=Path("runs/recheck"), help="Results of asking again (default: %(default)s)."
+    )
     add_secret(check)
     check.add_argument(
         "--beacon",
@@ -92,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bundle(options: argparse.Namespace, rest: list[str]) -> None:
-    evidence = options.evidence / "evidence.json" if options.evidence.is_dir() else options.evidence
+    evidence = options.evidence / EVIDENCE if options.evidence.is_dir() else options.evidence
     key = WatermarkKey.load(options.key)
     Evidence.load(evidence)  # names the file where it cannot be used
     command = evidence.with_name(COMMAND)
@@ -114,7 +128,7 @@ def _bundle(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
     key = None if options.key is None else WatermarkKey.load(options.key)
-    ask_again = any(word.partition("=")[0] == "--suspect" for word in rest)
+    ask_again = _names(rest, "--suspect")
     if options.bundle.suffix == ".json":
         if key is None or options.signer is not None:
             raise ValueError("A bare evidence file is checked with --key alone; only a bundle is signed.")
@@ -125,7 +139,10 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
             repeat_draw(key, secret, options.beacon)
             notes += (
                 "The key is what this secret and beacon give; no commitment shows that they were not chosen to suit.",
+                *free_choices(key),
             )
+        elif evidence.key["drawn_uniformly"]:
+            notes += (OWNERS_WORD,)
         if evidence.labels is not None:
             notes += (evidence.labels.describe(),)
     else:
@@ -147,11 +164,18 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
         raise EvidenceError(
             "The suspect cannot be asked again without the key: give --key, or a bundle that discloses it."
         )
+    if evidence.answers["reference"] is not None and not _names(rest, "--reference"):
+        say("Note: the verdict of the evidence is above reference models. Asking again without --reference shows less.")
     again = _ask_again(evidence, key, options.output, rest)
     say(
         f"Verdict of the evidence: {verdict.verdict} (p = {verdict.decoy_p:.2g}, success {verdict.wsr:.1%}).",
         f"Verdict of asking again: {again.verdict} (p = {again.decoy_p:.2g}, success {again.wsr:.1%}).",
     )
+
+
+def _names(words: list[str], option: str) -> bool:
+    """Whether an option is among the words of a command line."""
+    return any(word.partition("=")[0] == option for word in words)
 
 
 def _ask_again(evidence: Evidence, key: WatermarkKey, output: Path, rest: list[str]) -> Verdict:

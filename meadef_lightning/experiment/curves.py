@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from meadef_lightning.experiment.aggregate import AggregateRow, aggregate
-from meadef_lightning.experiment.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, house_style, new_figure
+from meadef_lightning.experiment.figure_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    house_style,
+    new_figure,
+)
 from meadef_lightning.experiment.rows import SuspectRow
 
 if TYPE_CHECKING:

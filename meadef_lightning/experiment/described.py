@@ -27,7 +27,9 @@ def described(file: Path) -> dict[str, Any]:
     Raises:
         MisconfigurationException: If it is too large, or not of this form; the message names the section.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
+
+    from meadef_lightning.experiment.messages import Parser
 
     try:
         with file.open("rb") as stream:
@@ -49,7 +51,7 @@ def described(file: Path) -> dict[str, Any]:
     for name, kind in (("input", InputSpace), ("http", HTTPMapping)):
         if name not in section:
             continue
-        parser = ArgumentParser(exit_on_error=False)
+        parser = Parser(exit_on_error=False)
         parser.add_class_arguments(kind, name)
         try:
             section[name] = parser.instantiate(parser.parse_object({name: section[name]}))[name]

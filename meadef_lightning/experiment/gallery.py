@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meadef_lightning.experiment import figures
 from meadef_lightning.experiment.artifacts import make_directory
 from meadef_lightning.experiment.curves import budget_curves, budget_series
+from meadef_lightning.experiment.figure_style import save
 from meadef_lightning.experiment.render import ReportFigure
 from meadef_lightning.experiment.robustness_figures import removal_curves
 from meadef_lightning.experiment.rows import RemovalRow, SuspectRow
+from meadef_lightning.experiment.sample_figures import feature_pca, watermark_grid
+from meadef_lightning.experiment.verdict_figures import decoy_distribution, wsr_bars
 from meadef_lightning.verification import Responses, Verdict, decoy_statistics
 from meadef_lightning.victims.networks import penultimate
 from meadef_lightning.watermark import WatermarkKey
@@ -29,10 +31,10 @@ _DRAWN = 120
 def verdict_figure(responses: Responses, verdict: Verdict, key: WatermarkKey, name: str, directory: Path) -> Path:
     """Draws the decoy keys' statistics on one suspect with the true key marked; returns the PNG's path."""
     statistic, decoys = decoy_statistics(responses, key)
-    figure = figures.decoy_distribution(
+    figure = decoy_distribution(
         decoys.numpy(), statistic, verdict.decoy_p, verdict.alpha, title=f"{name}: the true key among the other keys"
     )
-    return figures.save(figure, make_directory(directory) / "decoys.png")
+    return save(figure, make_directory(directory) / "decoys.png")
 
 
 def experiment_figures(run: SeedRun, rows: Sequence[SuspectRow], directory: Path) -> list[ReportFigure]:
@@ -63,19 +65,19 @@ def experiment_figures(run: SeedRun, rows: Sequence[SuspectRow], directory: Path
     make_directory(directory)
     drawn = [
         (
-            figures.wsr_bars(rows),
+            wsr_bars(rows),
             "wsr.png",
             "Watermark success rate of every suspect",
             "Horizontal bars of the watermark success rate with 95 % intervals; independent models beside stolen ones.",
         ),
         (
-            figures.watermark_grid(groups, answers, data.class_names, data.mean, data.std),
+            watermark_grid(groups, answers, data.class_names, data.mean, data.std),
             "samples.png",
             "Watermark samples and the victim's answers",
             "Rows of a sample of either source class, the watermark sample made of them, and the victim's answers.",
         ),
         (
-            figures.feature_pca(features),
+            feature_pca(features),
             "features.png",
             "Where the watermark lies among its sources (the paper's Fig. 6)",
             "Scatter plot of penultimate features on two principal components: sources, target and watermark.",
@@ -91,7 +93,7 @@ def experiment_figures(run: SeedRun, rows: Sequence[SuspectRow], directory: Path
                 "Two panels of lines over the number of queries: the stolen models' accuracy and watermark success rate.",
             )
         )
-    result = [ReportFigure(figures.save(figure, directory / file), title, alt) for figure, file, title, alt in drawn]
+    result = [ReportFigure(save(figure, directory / file), title, alt) for figure, file, title, alt in drawn]
     for row in rows:
         path = run.root / f"verify-{row.base_name}" / "figures" / "decoys.png"
         if row.kind == "extracted" and row.seed in (None, run.seed):
@@ -119,7 +121,7 @@ def robustness_figures(fight: Robustness, rows: Sequence[RemovalRow], directory:
         paths = [row for row in mine if row.target == target]
         result.append(
             ReportFigure(
-                figures.save(removal_curves(paths, f"Attacks on {target}"), directory / f"removal-{target}.png"),
+                save(removal_curves(paths, f"Attacks on {target}"), directory / f"removal-{target}.png"),
                 f"What is left of {target} and of its watermark along each attack; the ring is what the thief takes home",
                 "A panel for every attack: accuracy, watermark success and false-positive rate over its strength.",
             )

@@ -153,8 +153,12 @@ class Grid:
             found |= numbers
         return [cell for cell in cells if cell.number in found]
 
-    def experiment(self, cell: Cell) -> Experiment:
+    def experiment(self, cell: Cell, options: Sequence[str] = ()) -> Experiment:
         """Makes a cell's experiment, named ``GRID/CELL``.
+
+        Args:
+            cell: The cell.
+            options: Options of `meadef run`, which override what the cell says.
 
         Raises:
             MisconfigurationException: If the cell is not a valid experiment; names it.
@@ -163,9 +167,9 @@ class Grid:
         for choice in cell.choices.values():
             arguments += [*map(str, choice.files), _text(choice.overrides)]
         # texts as well as files go through --config: what merges is the parser of `meadef run` and nothing else
-        options = [part for argument in arguments if argument for part in ("--config", argument)]
+        parts = [part for argument in arguments if argument for part in ("--config", argument)]
         try:
-            return load_experiment([], [*options, "--experiment", f"{self.name}/{cell.name}"])
+            return load_experiment([], [*parts, "--experiment", f"{self.name}/{cell.name}", *options])
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise MisconfigurationException(
                 f"Cell {cell.name!r} of the grid {self.name!r} is no experiment. {error}"

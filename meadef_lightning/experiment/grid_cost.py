@@ -102,16 +102,14 @@ def work_of(experiment: Experiment) -> dict[str, float | None]:
 
     batch = spec.data.batch_size
     own = training(spec.victim.model, spec.victim.trainer, victim, batch)
-    work: dict[str, float | None] = dict.fromkeys(("reference", "victim", "clean"), own)
+    work: dict[str, float | None] = dict.fromkeys((*spec.reference_names, "victim", "clean"), own)
     one_pass = {"victim": forward_flops(spec.victim.model, spec.data)}
     for attack, config in zip(spec.extraction, experiment.config("extraction"), strict=True):
         images, batch_size = _asked(config["queries"], attacker, spec)
         work[attack.name] = training(attack.student, attack.trainer, images, batch_size)
         one_pass[attack.name] = forward_flops(attack.student, spec.data)
     for control in spec.independent:
-        cost = training(control.model, control.trainer, attacker, batch)
-        for number in range(control.count):
-            work[control.name if control.count == 1 else f"{control.name}-{number}"] = cost
+        work |= dict.fromkeys(control.names, training(control.model, control.trainer, attacker, batch))
     if spec.patched.model is not None:
         work["patched"] = training(spec.patched.model, spec.patched.trainer, victim, batch)
         one_pass["patched"] = forward_flops(spec.patched.model, spec.data)

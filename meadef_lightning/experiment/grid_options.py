@@ -24,7 +24,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         usage="%(prog)s GRID.yaml [--dry-run | --merge] [--output DIR] [--only CELL ...] [--wandb] [-- OPTIONS OF meadef run]",
         description="Runs every cell of a grid, or what is left of it: one `meadef run` each. Cells that are done are skipped, interrupted "
         "ones resumed; one that fails is reported, and the others go on. At the end results are merged into grid.csv, grid.md and "
-        "grid.png. What follows `--` is handed to every `meadef run`, for options that do not change the experiment, e.g. `-- --wandb_samples false`.",
+        "grid.png. What follows `--` is handed to every `meadef run`, and overrides what the cells say, e.g. `-- --trainer.accelerator gpu "
+        "--trainer.precision bf16-mixed`.",
     )
     parser.add_argument("grid", metavar="GRID.yaml", help="The grid, e.g. experiments/digits/grid.yaml.")
     mode = parser.add_mutually_exclusive_group()

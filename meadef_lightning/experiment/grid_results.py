@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meadef_lightning.experiment import figures
+from meadef_lightning.experiment import figure_style
 from meadef_lightning.experiment.aggregate import Estimate
 from meadef_lightning.experiment.artifacts import make_directory, write_text_atomic
 from meadef_lightning.experiment.grid import Cell, Grid
@@ -29,7 +29,14 @@ Record = dict[str, Any]
 
 _SEED = re.compile(r"/seed-\d+$")
 _NUMBERED = re.compile(r"-\d+$")
-_COLOURS = (figures.BLUE, figures.VERMILION, figures.GREEN, figures.ORANGE, figures.PURPLE, figures.GREY)
+_COLOURS = (
+    figure_style.BLUE,
+    figure_style.VERMILION,
+    figure_style.GREEN,
+    figure_style.ORANGE,
+    figure_style.PURPLE,
+    figure_style.GREY,
+)
 _MARKERS = "osD^vP"
 
 
@@ -162,7 +169,7 @@ def to_markdown(view: TableView, records: Sequence[Record]) -> str:
     return f"{table}\n\nRates in percent, {spread}.\n"
 
 
-@figures.house_style()
+@figure_style.house_style()
 def grid_figure(view: FigureView, records: Sequence[Record], title: str = "") -> Figure:
     """Draws means with 95 % t-intervals: lines over a number, or points at named places.
 
@@ -185,7 +192,7 @@ def grid_figure(view: FigureView, records: Sequence[Record], title: str = "") ->
     for group in groups:
         series.setdefault(group.key[:cut], []).append(group)
     places = list(dict.fromkeys(group.key[cut:] for group in groups))
-    figure = figures.new_figure(3.5 * len(view.y) + 0.4, 3.4)
+    figure = figure_style.new_figure(3.5 * len(view.y) + 0.4, 3.4)
     panels: Sequence[Axes] = figure.subplots(1, len(view.y), sharex=True, sharey=True, squeeze=False)[0]
     for i, (name, members) in enumerate(series.items()):
         shift = 0.6 * ((i + 0.5) / len(series) - 0.5)
@@ -259,7 +266,7 @@ def merge(grid: Grid, reports: Sequence[tuple[Cell, Report]], output: Path) -> l
     written.append(write_text_atomic(output / "grid.md", f"# {grid.name}\n\n{table}{state}\n"))
     picture = output / "grid.png"
     if grid.figure and groups_of(grid.figure, found[grid.figure.of]):
-        written.append(figures.save(grid_figure(grid.figure, found[grid.figure.of], grid.name), picture))
+        written.append(figure_style.save(grid_figure(grid.figure, found[grid.figure.of], grid.name), picture))
     else:
         picture.unlink(missing_ok=True)
     return written

@@ -22,17 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from meadef_lightning.experiment.artifacts import (
-    INTERRUPTED,
-    STAGE_FILE,
-    StageRecord,
-    make_directory,
-    write_text_atomic,
-)
+from meadef_lightning.experiment.artifacts import make_directory, write_text_atomic
 from meadef_lightning.experiment.grid import Cell, Grid, read_grid
 from meadef_lightning.experiment.grid_cost import duration, seconds_per_operation, work_of
 from meadef_lightning.experiment.grid_results import merge
 from meadef_lightning.experiment.report import Report
+from meadef_lightning.experiment.stage_directory import INTERRUPTED, STAGE_FILE, StageRecord
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,14 +66,14 @@ class Plan:
         return ["meadef", "run", str(directory / CELL_FILE), "--output", str(directory), *self.options]
 
     def prepare(self, cells: Sequence[Cell]) -> None:
-        """Checks cells, writes their ``cell.yaml``, and all commands; counts the operations of their trainings.
+        """Checks cells with the options, writes their ``cell.yaml``, and all commands; counts the operations of their trainings.
 
         Raises:
             MisconfigurationException: If one is no valid experiment; before anything is trained.
             OutputError: If a file cannot be written.
         """
         for cell in track(cells, "Reading cells", console=Console(stderr=True), transient=True):
-            experiment = self.grid.experiment(cell)
+            experiment = self.grid.experiment(cell, of_experiment(self.options))
             write_text_atomic(make_directory(self.directory(cell)) / CELL_FILE, experiment.yaml())
             self.work[cell.number] = work_of(experiment)
             self.seeds[cell.number] = len(experiment.seeds)
@@ -211,6 +206,18 @@ class Plan:
         if code < 0:
             last = f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
         return f"{last.removeprefix('meadef run: ')} (see {log})"
+
+
+def of_experiment(options: Sequence[str]) -> list[str]:
+    """Returns those options of ``meadef run`` that say what is run, and not whether W&B is told of it."""
+    kept: list[str] = []
+    told = False
+    for word in options:
+        if word.startswith("--"):
+            told = word.startswith("--wandb")
+        if not told:
+            kept.append(word)
+    return kept
 
 
 def _total(values: Iterable[float]) -> float:

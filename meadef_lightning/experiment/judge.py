@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from meadef_lightning import processes
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.experiment.artifacts import make_directory, write_json_atomic
 from meadef_lightning.experiment.gallery import verdict_figure
@@ -20,8 +20,8 @@ from meadef_lightning.experiment.tracking import Tracking
 from meadef_lightning.oracle import BlackBox
 from meadef_lightning.quiet import quiet
 from meadef_lightning.verification import Verdict, verify
-from meadef_lightning.verification.callback import Queryable
 from meadef_lightning.verification.relabelling import RelabelledModule, relabelled
+from meadef_lightning.verification.suspect import Queryable
 from meadef_lightning.watermark import WatermarkKey
 
 if TYPE_CHECKING:
@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 
 def verify_parser(**kwargs: Any) -> ArgumentParser:
     """Makes the parser of ``meadef verify``."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile
 
-    parser = ArgumentParser(
+    from meadef_lightning.experiment.messages import Parser
+
+    parser = Parser(
         **kwargs,
         description="Judges a suspect: watermark success on fresh samples, matched controls, exact rank among all decoy keys; ends in "
         "supported, inconclusive or not supported, and an evidence file that can be checked offline.",
+        epilog="Examples: meadef verify --key watermark.key.json --suspect runs/theirs/soft --data DigitsDataModule. With images of your own: "
+        "--data ImageFolderDataModule --data.root images. Behind a URL, its classes in another order: --suspect https://api.example.org "
+        "--align_labels. Then, for a judge: meadef evidence bundle runs/verify --key watermark.key.json --output evidence.zip",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML with these options.")
     parser.add_argument("--key", type=str, required=True, help="Key file of the owner.")
@@ -79,7 +84,12 @@ def verify_parser(**kwargs: Any) -> ArgumentParser:
     )
     parser.add_subclass_arguments(SplitDataModule, "data", required=True)
     parser.add_class_arguments(VerificationSpec, "verification")
-    parser.add_argument("--output", type=str, default="runs/verify", help="Directory of evidence.json and the figure.")
+    parser.add_argument(
+        "--output",
+        type=str,
+        default="runs/verify",
+        help="Directory of evidence.json and the figure; evidence of another command that is there is not overwritten.",
+    )
     Tracking.add_arguments(parser)
     return parser
 
@@ -134,7 +144,7 @@ def judge_suspect(options: Namespace) -> Verdict:
                 data.tensors("test"),
                 data.num_classes,
                 batch_size=settings["batch_size"],
-                device="cuda" if torch.cuda.is_available() else "cpu",
+                device=processes.device_of({"devices": 1}),  # where verify() will ask
             )
             write_json_atomic(output / "labels.json", labels.to_dict())
         references = []

@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING
 
 from meadef_lightning.data.stored import read_split
 from meadef_lightning.experiment.artifacts import file_sha256, make_directory, write_bytes_atomic
-from meadef_lightning.verification.commitment import Commitment, repeat_draw, secret_commitment, timestamp_request
-from meadef_lightning.verification.evidence import tensors_fingerprint
+from meadef_lightning.verification.commitment import (
+    Commitment,
+    free_choices,
+    repeat_draw,
+    secret_commitment,
+    timestamp_request,
+)
+from meadef_lightning.verification.fingerprints import tensors_fingerprint
 from meadef_lightning.verification.signing import (
     MAX_DOCUMENT_BYTES,
     load_signing_key,
@@ -74,14 +80,21 @@ def refuse_secrets(words: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     # no abbreviations: --secret would be one of --secret-env, and its value would be looked up and shown
-    parser = argparse.ArgumentParser(prog="meadef key", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="meadef key",
+        description=(__doc__ or "").replace("``", ""),
+        epilog="In this order: draw (secret kept apart), commit and publish before training, train, and years later verify; a judge runs check.",
+        allow_abbrev=False,
+    )
     actions = parser.add_subparsers(dest="action", required=True)
 
     draw = actions.add_parser("draw", help="draw a key from an owner secret", allow_abbrev=False)
     draw.add_argument("--classes", type=int, required=True, help="Classes of the task, at least 3.")
     add_secret(draw)
     draw.add_argument("--beacon", default="", help="Public random value, published after you committed to the secret.")
-    draw.add_argument("--output", type=Path, default=Path("watermark.key.json"), help="Key file, mode 0600.")
+    draw.add_argument(
+        "--output", type=Path, default=Path("watermark.key.json"), help="Key file, mode 0600 (default: %(default)s)."
+    )
 
     show = actions.add_parser("show", help="show what is public of a key", allow_abbrev=False)
     show.add_argument("key", type=Path, help="Key file.")
@@ -115,10 +128,17 @@ def _parser() -> argparse.ArgumentParser:
     commit.add_argument("--beacon", default="", help="Public random value that the key was drawn with.")
     commit.add_argument("--model", type=Path, help="YAML that specifies the model, or its whole experiment.")
     commit.add_argument("--signing-key", type=Path, help="Private key that signs the file; see sign-key.")
-    commit.add_argument("--output", type=Path, default=Path("watermark.commitment.json"), help="Commitment file.")
+    commit.add_argument(
+        "--output", type=Path, default=Path("watermark.commitment.json"), help="Commitment file (default: %(default)s)."
+    )
 
     sign = actions.add_parser("sign-key", help="make an Ed25519 signing key", allow_abbrev=False)
-    sign.add_argument("--output", type=Path, default=Path("signing.key.pem"), help="Private key file, mode 0600.")
+    sign.add_argument(
+        "--output",
+        type=Path,
+        default=Path("signing.key.pem"),
+        help="Private key file, mode 0600 (default: %(default)s).",
+    )
     return parser
 
 
@@ -146,7 +166,8 @@ def read_secret(options: argparse.Namespace, ask: bool) -> bytes | None:
     """
     if options.secret_env is not None:
         # its name is not shown: somebody may have typed the secret there
-        secret = os.environ.get(options.secret_env, "").encode()
+        # bytes that are no text come through as they are, and are not named in an error
+        secret = os.environ.get(options.secret_env, "").encode(errors="surrogateescape")
         if not secret:
             raise ValueError("The environment variable that --secret-env names is not set, or empty. Export it first.")
     elif options.secret_file is not None:
@@ -196,11 +217,10 @@ def data_module(arguments: list[str], program: str) -> SplitDataModule | None:
     """
     if not arguments:
         return None
-    from jsonargparse import ArgumentParser
-
     from meadef_lightning.data.base import SplitDataModule
+    from meadef_lightning.experiment.messages import Parser
 
-    parser = ArgumentParser(prog=program)
+    parser = Parser(prog=program)
     parser.add_subclass_arguments(SplitDataModule, "data", required=True)
     data: SplitDataModule = parser.instantiate(parser.parse_args(arguments)).data
     data.prepare_data()
@@ -271,11 +291,15 @@ def _check(options: argparse.Namespace) -> None:
         repeat_draw(key, secret, options.beacon)
         say(
             "The key is what this secret and beacon give.",
+            *free_choices(key),
             "That does not tell how many secrets were tried: for this, give a --commitment to the secret from before the beacon.",
         )
     else:
         commitment.check_draw(key, secret)
-        say(f"The key is what the secret and beacon give that were committed to at {commitment.created}.")
+        say(
+            f"The key is what the secret and beacon give that were committed to at {commitment.created}.",
+            *free_choices(key),
+        )
 
 
 def _commit(options: argparse.Namespace, rest: list[str]) -> None:

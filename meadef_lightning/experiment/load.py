@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.experiment.artifacts import config_hash
+from meadef_lightning.experiment.checks import check_experiment, check_files
 from meadef_lightning.experiment.spec import (
     RESERVED,
     AttackSpec,
@@ -25,6 +26,7 @@ from meadef_lightning.experiment.spec import (
     WatermarkSpec,
 )
 from meadef_lightning.processes import started_from_outside
+from meadef_lightning.random_state import kept_random_state
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
 
 def experiment_parser(**kwargs: Any) -> ArgumentParser:
     """Makes the parser of experiment files, whose options are documented by the types and docstrings above."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile
 
-    parser = ArgumentParser(parser_mode="yaml", default_env=False, **kwargs)
+    from meadef_lightning.experiment.messages import Parser
+
+    parser = Parser(parser_mode="yaml", default_env=False, **kwargs)
     parser.add_argument("--config", action=ActionConfigFile, help="Experiment YAML; later ones override earlier ones.")
     parser.add_argument("--experiment", type=str, required=True, help="Name of the experiment.")
     parser.add_argument(
@@ -53,6 +57,14 @@ def experiment_parser(**kwargs: Any) -> ArgumentParser:
     parser.add_argument("--detection", type=list[DetectionSpec], default=[], help="Searches for a watermark.")
     parser.add_class_arguments(VerificationSpec, "verification")
     parser.add_argument(
+        "--references",
+        type=int,
+        default=1,
+        help="Reference models: trainings like the victim's without the watermark, from seeds of their own, that know nothing of the key. "
+        "Every suspect is judged above the mean of what they answer. Three make a verdict depend less on one model's whims; each "
+        "costs a training.",
+    )
+    parser.add_argument(
         "--trainer",
         type=TrainerOptions,
         default={},
@@ -70,7 +82,7 @@ class Experiment:
         config: What it parsed.
 
     Raises:
-        MisconfigurationException: If names repeat, seeds are missing or repeat, or there is no negative control.
+        MisconfigurationException: If names repeat, seeds are missing or repeat, or there is no negative control or no reference.
     """
 
     def __init__(self, parser: ArgumentParser, config: Namespace) -> None:
@@ -84,11 +96,19 @@ class Experiment:
             outside = {} if "devices" in stage.trainer else started_from_outside()
             stage.trainer = {**outside, **stage.trainer, **self._config.trainer}
         spec = self.build()
+        if spec.references < 1:
+            raise MisconfigurationException(
+                f"references={spec.references} must be at least 1: every suspect is judged above what a model without the key answers."
+            )
         thefts = [attack.name for attack in spec.extraction]
-        check_names("Attacks and controls", thefts + [control.name for control in spec.independent])
+        # a control's stages, and its name, which is theirs without a number
+        controls = [
+            name for control in spec.independent or [] for name in dict.fromkeys([control.name, *control.names])
+        ]
+        check_names("Attacks and controls", thefts + controls, RESERVED.union(spec.reference_names))
         patched = ["patched"] if spec.patched.model is not None else []
         for kind, acting in (("removal", spec.removal), ("detection", spec.detection)):
-            check_names(f"The entries of {kind}", [item.name for item in acting])
+            check_names(f"The entries of {kind}", [item.name for item in acting], RESERVED)
             unknown = sorted({name for item in acting for name in item.of} - {"victim", *patched, *thefts})
             if unknown:
                 raise MisconfigurationException(
@@ -104,12 +124,13 @@ class Experiment:
             raise MisconfigurationException(
                 f"seeds={spec.seeds} must be different integers of at least 0, at least one."
             )
+        check_experiment(spec)
         self.name, self.seeds = spec.experiment, spec.seeds
         self._text: str | None = None
 
     def build(self) -> ExperimentSpec:
         """Instantiates everything anew, on CPU, without touching torch's random state."""
-        with torch.random.fork_rng():
+        with kept_random_state():
             objects = self._parser.instantiate(self._config)
         return ExperimentSpec(**{name: objects[name] for name in ExperimentSpec.__dataclass_fields__})
 
@@ -137,6 +158,10 @@ def _cells(attack: Namespace) -> list[Namespace]:
     """The thefts that an attack's ``budgets`` stand for: the attack itself if there are none."""
     if not attack.budgets:
         return [attack]
+    if min(attack.budgets) < 1 or len(set(attack.budgets)) < len(attack.budgets):
+        raise MisconfigurationException(
+            f"The attack {attack.name!r} has budgets={attack.budgets}; give different numbers of queries, each at least 1."
+        )
     cells = []
     for budget in attack.budgets:
         cell = attack.clone()
@@ -151,10 +176,10 @@ def _cells(attack: Namespace) -> list[Namespace]:
     return cells
 
 
-def check_names(what: str, names: list[str]) -> None:
-    """Raises a ``MisconfigurationException`` if names repeat, are reserved, or could not be those of directories."""
+def check_names(what: str, names: list[str], taken: Collection[str]) -> None:
+    """Raises a ``MisconfigurationException`` if names repeat, are taken, or could not be those of directories."""
     twice = sorted({name for name in names if names.count(name) > 1})
-    reserved = sorted(RESERVED & set(names))
+    reserved = sorted(set(taken) & set(names))
     odd = [name for name in names if not name.replace("-", "").replace("_", "").replace(".", "").isalnum()]
     if twice or reserved or odd:
         raise MisconfigurationException(
@@ -174,6 +199,7 @@ def load_experiment(files: list[str | Path], overrides: list[str] | None = None)
     Raises:
         MisconfigurationException: If a file is missing, unreadable, or says something the types do not allow.
     """
+    check_files(files)
     parser = experiment_parser(exit_on_error=False)
     arguments = [part for file in files for part in ("--config", str(file))] + list(overrides or [])
     from jsonargparse import ArgumentError

@@ -14,6 +14,7 @@ from rich.console import Console
 from meadef_lightning import processes
 from meadef_lightning.detection.base import ModelDetector
 from meadef_lightning.experiment.artifacts import is_rank_zero, make_directory, read_json, write_text_atomic
+from meadef_lightning.experiment.checks import check_stages
 from meadef_lightning.experiment.gallery import experiment_figures, robustness_figures
 from meadef_lightning.experiment.load import Experiment
 from meadef_lightning.experiment.lock import locked
@@ -68,6 +69,8 @@ def _run(experiment: Experiment, output: Path, command: str, tracking: Tracking)
     runs = [
         SeedRun(experiment, output / f"seed-{seed}" if many else output, seed, tracker) for seed in experiment.seeds
     ]
+    for seed_run in runs:
+        check_stages(seed_run.fresh(), seed_run.key, seed_run.data)
     progress = Progress(many)
     found = Found()
     fights = [_run_seed(seed_run, found, progress) for seed_run in runs]
@@ -120,13 +123,14 @@ def _run_seed(run: SeedRun, found: Found, progress: Progress) -> Robustness:
 
     todo, made = run.suspects(), {}
     spec = run.spec
-    controls = 1 + sum(control.count for control in spec.independent)
+    controls, references = 1 + sum(control.count for control in spec.independent), spec.reference_names
     searches = sum(
         len(item.of) + (controls if isinstance(item.method, ModelDetector) else 0) for item in spec.detection
     )
-    progress.plan(1 + len(todo) + sum(len(item.of) for item in spec.removal) + searches)
-    progress.announce("reference", run.seed)
-    run.victim("reference")
+    progress.plan(len(references) + len(todo) + sum(len(item.of) for item in spec.removal) + searches)
+    for name in references:
+        progress.announce(name, run.seed)
+        run.victim(name)
     for name, make in todo:
         progress.announce(name, run.seed)
         made[name] = make()

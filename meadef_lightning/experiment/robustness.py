@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from meadef_lightning.detection.base import InputDetector, ModelDetector, roc_auc
+from meadef_lightning.detection.base import ModelDetector, roc_auc
 from meadef_lightning.experiment.render import ReportFigure
 from meadef_lightning.experiment.robustness_stages import TRIGGERS, Probe, detection_stage, removal_stage
 from meadef_lightning.experiment.rows import DetectionRow, PathPoint, RemovalRow
 from meadef_lightning.experiment.seed_run import SeedRun, Suspect
 from meadef_lightning.experiment.spec import DetectionSpec
-from meadef_lightning.experiment.stages import build_network, derived_seed
+from meadef_lightning.experiment.training import derived_seed
+from meadef_lightning.experiment.weights import build_network
 from meadef_lightning.protection.patch import PatchVictim
 from meadef_lightning.victims.classifier import Classifier
 from meadef_lightning.victims.downstream import DownstreamClassifier, EncoderClassifier
@@ -86,7 +87,7 @@ class Robustness:
             self._inputs(config["method"], spec.share, of) | {"points": self.run.experiment.hash_of(spec.points)},
             lambda: self._whole(target),
             self.run.data,
-            self._probe(of),
+            lambda: self._probe(of),
             derived_seed(self.run.seed, name),
             model,
             self.run.track("remove"),
@@ -149,7 +150,7 @@ class Robustness:
             self._inputs(config["method"], spec.share, of),
             lambda: self.run.load(self.models[of]),
             self.run.data,
-            self._probe(of) if isinstance(spec.method, InputDetector) else None,
+            lambda: self._probe(of),
             derived_seed(self.run.seed, name),
             self.run.track("detect"),
         )

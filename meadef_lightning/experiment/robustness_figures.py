@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from meadef_lightning.experiment.artifacts import make_directory
-from meadef_lightning.experiment.figures import BLUE, GREY, VERMILION, house_style, new_figure, pictures, save
+from meadef_lightning.experiment.figure_style import BLUE, GREY, VERMILION, house_style, new_figure, pictures, save
 from meadef_lightning.experiment.rows import RemovalRow
 
 if TYPE_CHECKING:

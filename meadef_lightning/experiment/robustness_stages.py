@@ -17,7 +17,6 @@ from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.thief import ThiefData
 from meadef_lightning.detection.base import Finding, InputDetector, ModelDetector, roc_auc
 from meadef_lightning.experiment.artifacts import (
-    Stage,
     file_sha256,
     is_rank_zero,
     make_directory,
@@ -28,8 +27,10 @@ from meadef_lightning.experiment.artifacts import (
 )
 from meadef_lightning.experiment.robustness_figures import trigger_pictures
 from meadef_lightning.experiment.spec import DetectionSpec, RemovalSpec, VerificationSpec
-from meadef_lightning.experiment.stages import MODEL, RESULT
+from meadef_lightning.experiment.stage_directory import Stage
+from meadef_lightning.experiment.stages import RESULT
 from meadef_lightning.experiment.tracking import Track, untracked
+from meadef_lightning.experiment.weights import MODEL
 from meadef_lightning.protection.patch import PatchVictim
 from meadef_lightning.removal.base import AccuracyBudget, accuracy, classes_of
 from meadef_lightning.verification import VerificationDataModule
@@ -85,7 +86,7 @@ def removal_stage(
     inputs: Mapping[str, str],
     load: Callable[[], Classifier],
     data: SplitDataModule,
-    probe: Probe,
+    probe: Callable[[], Probe],
     seed: int,
     model_config: Mapping[str, Any],
     track: Track = untracked,
@@ -96,9 +97,9 @@ def removal_stage(
         directory: The stage's directory.
         spec: The attack.
         inputs: Digests of what the result depends on.
-        load: Loads the model; called only if there is something to do.
+        load: Loads the model, which is scrubbed on the device that it lies on; called only if there is something to do.
         data: The data splits; the thief sees the attacker's only.
-        probe: What the owner measures along the path.
+        probe: Makes what the owner measures along the path; called likewise.
         seed: Seed of the attack.
         model_config: The model's configuration, for ``config.yaml``.
         track: Follows the stage.
@@ -108,14 +109,14 @@ def removal_stage(
     """
     with Stage(directory, directory.name, inputs) as stage, track(stage):
         if not stage.done:
-            model = load()
+            model, watched = load(), probe()
             network = _network(model)
             thief = ThiefData.of(data, spec.share, seed=seed)
             budget = AccuracyBudget(network, thief, spec.points, to_the_end=spec.method.from_scratch)
-            curve = [{"strength": 0.0, **probe.measure(network)}]
+            curve = [{"strength": 0.0, **watched.measure(network)}]
 
             def observe(strength: float, scrubbed: nn.Module) -> bool:
-                curve.append({"strength": float(strength), **probe.measure(scrubbed)})
+                curve.append({"strength": float(strength), **watched.measure(scrubbed)})
                 return budget(strength, scrubbed)
 
             spec.method.scrub(network, thief, observe, seed)
@@ -149,7 +150,7 @@ def detection_stage(
     inputs: Mapping[str, str],
     load: Callable[[], Classifier],
     data: SplitDataModule,
-    probe: Probe | None,
+    probe: Callable[[], Probe],
     seed: int,
     track: Track = untracked,
 ) -> dict[str, Any]:
@@ -159,9 +160,9 @@ def detection_stage(
         directory: The stage's directory.
         spec: The search.
         inputs: Digests of what the result depends on.
-        load: Loads the model; called only if there is something to do.
+        load: Loads the model, which is searched on the device that it lies on; called only if there is something to do.
         data: The data splits; the searcher sees the attacker's only.
-        probe: Whose watermark samples are among the queries; needed by detectors of inputs.
+        probe: Makes what holds the watermark samples among the queries; called only for a detector of inputs.
         seed: Seed of the search.
         track: Follows the stage.
 
@@ -179,10 +180,8 @@ def detection_stage(
                         finding.pictures, finding.classes, finding.flagged, data.class_names, data.mean, data.std,
                         directory / "figures" / TRIGGERS,
                     )  # fmt: skip
-            elif probe is None:
-                raise ValueError(f"{spec.name} screens queries, so it needs watermark samples; give a probe.")
             else:
-                result = _of_inputs(spec.method, network, thief, probe, seed)
+                result = _of_inputs(spec.method, network, thief, probe(), seed)
             if is_rank_zero():
                 write_json_atomic(directory / RESULT, result)
         found: dict[str, Any] = read_json(directory / RESULT)

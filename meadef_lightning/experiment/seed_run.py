@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from meadef_lightning import processes
-from meadef_lightning.experiment.artifacts import Stage, is_rank_zero, read_json, write_json_atomic
+from meadef_lightning.experiment.artifacts import is_rank_zero, read_json, write_json_atomic
 from meadef_lightning.experiment.gallery import verdict_figure
 from meadef_lightning.experiment.load import Experiment
 from meadef_lightning.experiment.rows import Kind, Labels, SuspectRow
 from meadef_lightning.experiment.spec import ExperimentSpec, Model, TrainerOptions
-from meadef_lightning.experiment.stages import MODEL, RESULT, derived_seed, extraction_stage, load_weights, train_stage
+from meadef_lightning.experiment.stage_directory import Stage
+from meadef_lightning.experiment.stages import RESULT, extraction_stage, train_stage
 from meadef_lightning.experiment.tracking import StageKind, Track, Tracker
+from meadef_lightning.experiment.training import derived_seed
+from meadef_lightning.experiment.weights import MODEL, load_weights
 from meadef_lightning.quiet import quiet
+from meadef_lightning.removal.base import classes_of
 from meadef_lightning.verification import Fidelity, Responses, VerificationDataModule, verify
 from meadef_lightning.verification.features import FeatureAnswers, feature_answers, feature_verdict
 from meadef_lightning.victims.classifier import Classifier
@@ -97,8 +101,8 @@ class SeedRun:
 
     # ---- models
 
-    def victim(self, name: Literal["victim", "clean", "reference"]) -> dict[str, Any]:
-        """Trains the victim, or without the watermark its clean twin from the same seed, or the reference from another one."""
+    def victim(self, name: str) -> dict[str, Any]:
+        """Trains the victim, or without the watermark ``clean``, from the same seed, or a reference, from one of its own."""
         watermarked = name == "victim"
         config = self.experiment.config("victim")
         inputs = {**self.base, "config": self.experiment.hash_of(config)}
@@ -112,7 +116,7 @@ class SeedRun:
                 spec.victim.model.watermark = spec.watermark.callback(self.key)
             return spec.victim.model, spec.data, spec.victim.trainer
 
-        seed = derived_seed(self.seed, "reference" if name == "reference" else "victim")
+        seed = derived_seed(self.seed, "victim" if name in ("victim", "clean") else name)
         return train_stage(self.root / name, name, inputs, build, seed, config["model"], self.track("train"))
 
     def patched(self) -> Suspect:
@@ -139,9 +143,18 @@ class SeedRun:
         """Loads what a suspect is: a classifier or an encoder, with its weights."""
         return load_weights(suspect.build(), self.data, suspect.directory / MODEL)
 
+    @cached_property
+    def device(self) -> torch.device:
+        """Where models are asked, attacked and searched: this process's device in the victim's training.
+
+        Raises:
+            MisconfigurationException: If there is none such here, which only matters where something is left to do.
+        """
+        return processes.device_of(self.spec.victim.trainer)
+
     def load(self, suspect: Suspect) -> Classifier:
-        """Loads what is judged of a suspect: a classifier, on top of it if it is an encoder."""
-        return self._classifier(self.load_model(suspect))
+        """Loads what is judged of a suspect onto :attr:`device`: a classifier, on top of it if it is an encoder."""
+        return self._classifier(self.load_model(suspect).to(self.device))
 
     def _standing(self) -> dict[str, str]:
         """What stages of a classifier on top of an encoder depend on besides; nothing if the victim is a classifier itself."""
@@ -159,8 +172,8 @@ class SeedRun:
         """Loads the victim, or the classifier that stands on it."""
         return self._classifier(self.load_victim())
 
-    def load_victim(self, name: Literal["victim", "reference"] = "victim") -> Model:
-        """Loads the trained victim, or its reference."""
+    def load_victim(self, name: str = "victim") -> Model:
+        """Loads the trained victim, or the reference of that name."""
         return load_weights(self.fresh().victim.model, self.data, self.root / name / MODEL)
 
     def suspects(self) -> list[tuple[str, Callable[[], Suspect]]]:
@@ -172,8 +185,7 @@ class SeedRun:
         for i, attack in enumerate(self.spec.extraction):
             todo.append((attack.name, lambda i=i: self._steal(i)))  # type: ignore[misc]
         for i, control in enumerate(self.spec.independent):
-            for j in range(control.count):
-                name = control.name if control.count == 1 else f"{control.name}-{j}"
+            for j, name in enumerate(control.names):
                 todo.append((name, lambda i=i, j=j, name=name: self._independent(i, j, name)))  # type: ignore[misc]
         return todo
 
@@ -215,7 +227,7 @@ class SeedRun:
         directory = self.root / attack.name
 
         def victim() -> Model:
-            model = self.load_victim()
+            model = self.load_victim().to(self.device)
             return model if isinstance(attack.student, Encoder) else self._classifier(model)
 
         seed = derived_seed(self.seed, attack.name)
@@ -248,24 +260,26 @@ class SeedRun:
     @cached_property
     def victim_answers(self) -> Tensor:
         """The victim's classes for the test split, int64, shape ``(N,)``."""
-        victim = self.load_classifier()
+        victim = self._classifier(self.load_victim().to(self.device))
         x, _ = self.data.tensors("test")
-        with torch.no_grad():
-            return torch.cat(
-                [victim(part).argmax(dim=-1) for part in torch.split(x, self.spec.verification.batch_size)]
-            )
+        return classes_of(victim, x, self.spec.verification.batch_size)
 
     @cached_property
-    def reference_answers(self) -> Responses:
-        """The reference model's answers to the verifier's questions: what composites look like to a model without the key."""
-        model = self._classifier(self.load_victim("reference"))
-        return verify(model, self.key, self.data, **self._devices(), **asdict(self.spec.verification))[1]
+    def reference_answers(self) -> list[Responses]:
+        """The reference models' answers to the verifier's questions: what composites look like to models without the key."""
+        options = {**self._devices(), **asdict(self.spec.verification)}
+        models = (self._classifier(model) for model in self._references())
+        return [verify(model, self.key, self.data, **options)[1] for model in models]
 
     @cached_property
-    def reference_features(self) -> FeatureAnswers:
+    def reference_features(self) -> list[FeatureAnswers]:
         """The same in features, where the victim is an encoder."""
         settings = {name: value for name, value in asdict(self.spec.verification).items() if name != "alpha"}
-        return feature_answers(self.load_victim("reference"), VerificationDataModule(self.key, self.data, **settings))
+        questions = VerificationDataModule(self.key, self.data, **settings)
+        return [feature_answers(model, questions) for model in self._references()]
+
+    def _references(self) -> Iterator[Model]:
+        return (self.load_victim(name).to(self.device) for name in self.spec.reference_names)
 
     def _devices(self) -> TrainerOptions:
         """Where verification runs: on what trained the victim; with several processes, each asks its share of the samples."""
@@ -283,13 +297,12 @@ class SeedRun:
             "config": self.experiment.hash_of(self.experiment.config("verification")),
             "key": self.key.commitment(),
             "suspect": suspect.sha256,
-            "victim": read_json(self.root / "victim" / RESULT)["sha256"],
-            "reference": read_json(self.root / "reference" / RESULT)["sha256"],
+            **{name: read_json(self.root / name / RESULT)["sha256"] for name in ("victim", *self.spec.reference_names)},
             **self._standing(),
         }
         with Stage(directory, f"verify-{suspect.name}", inputs) as stage, self.track("verify")(stage):
             if not stage.done:
-                loaded = self.load_model(suspect)
+                loaded = self.load_model(suspect).to(self.device)
                 model = self._classifier(loaded)
                 with quiet():
                     verdict, responses = verify(

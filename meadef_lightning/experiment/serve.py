@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -26,9 +27,11 @@ KEYS_FILE = "api-keys.txt"
 
 def serve_parser(**kwargs: Any) -> ArgumentParser:
     """Makes the parser of ``meadef serve``."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile
 
-    parser = ArgumentParser(
+    from meadef_lightning.experiment.messages import Parser
+
+    parser = Parser(
         **kwargs,
         description="Serves a model over HTTP as its owner would: clients have an API key, a budget of distinct inputs and a rate, and "
         "get what the policy gives away. Thefts and verdicts reach it through meadef_lightning.oracle.HTTPOracle(URL); anybody "
@@ -143,6 +146,13 @@ def serve(options: Namespace) -> None:
     except ModuleNotFoundError as error:
         raise MisconfigurationException(str(error)) from error  # it says what to install
 
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises differs between devices
+        reason = str(error).splitlines()[0]
+        raise MisconfigurationException(
+            f"--device {options.device} cannot be used here ({reason}). Give cpu, or a device that this PyTorch finds, e.g. cuda."
+        ) from error
     output = make_directory(Path(options.output))
     built = serve_parser().instantiate(options)
     data, policy = built.data, built.policy

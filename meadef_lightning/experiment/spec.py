@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     pass
 
 RESERVED = {"victim", "clean", "reference", "patched"}
-"""Names that the pipeline gives to its own stages."""
+"""Names that the pipeline gives to its own stages, besides those of further references."""
 
 Model = Classifier | Encoder
 """What a stage trains."""
@@ -148,6 +148,11 @@ class IndependentSpec:
     trainer: TrainerOptions = field(default_factory=lambda: {"max_epochs": 20})
     count: int = 1
 
+    @property
+    def names(self) -> list[str]:
+        """The names of its stages: its own, or of several with their numbers from 0."""
+        return [self.name] if self.count == 1 else [f"{self.name}-{number}" for number in range(self.count)]
+
 
 @dataclass
 class DownstreamSpec:
@@ -234,7 +239,11 @@ class VerificationSpec:
 
 @dataclass
 class ExperimentSpec:
-    """A whole experiment: victim, thefts, negative controls, verdicts."""
+    """A whole experiment: victim, thefts, negative controls, verdicts.
+
+    ``references`` says how many reference models every suspect is judged above; what several buy is said in
+    :mod:`~meadef_lightning.verification.responses`.
+    """
 
     experiment: str
     data: SplitDataModule
@@ -247,4 +256,10 @@ class ExperimentSpec:
     removal: list[RemovalSpec]
     detection: list[DetectionSpec]
     verification: VerificationSpec
+    references: int
     seeds: list[int]
+
+    @property
+    def reference_names(self) -> list[str]:
+        """The names of the reference models' stages: ``reference``, then ``reference-1``, ``reference-2`` and so on."""
+        return ["reference", *(f"reference-{number}" for number in range(1, self.references))]

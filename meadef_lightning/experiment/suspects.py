@@ -22,6 +22,8 @@ name of an ONNX output). Without ``input:`` it gets images in the data module's 
 from __future__ import annotations
 
 import importlib
+import io
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +37,7 @@ from typing_extensions import override
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.experiment.described import described
 from meadef_lightning.experiment.onnx_suspect import OnnxSuspect, digest_tensor, in_batches
-from meadef_lightning.experiment.stages import MODEL, build_network, read_weights
+from meadef_lightning.experiment.weights import MODEL, build_network, read_weights
 from meadef_lightning.oracle import BlackBox, HTTPOracle, QueryLedger
 from meadef_lightning.oracle.input_space import ToInputSpace
 from meadef_lightning.oracle.mapped_http import MappedHTTPOracle
@@ -92,10 +94,11 @@ class ExportedSuspect(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        if not zipfile.is_zipfile(path):
+        content = path.read_bytes()  # once: what is loaded is what is hashed
+        if not zipfile.is_zipfile(io.BytesIO(content)):
             raise MisconfigurationException(f"{path} is no file of torch.export.save.")
         try:
-            program = torch.export.load(path)
+            program = torch.export.load(io.BytesIO(content))
         except Exception as error:  # torch raises many types for a file that it cannot read
             raise MisconfigurationException(
                 f"torch.export.load cannot read {path} ({type(error).__name__}). It must have been saved by the same or an older "
@@ -105,7 +108,7 @@ class ExportedSuspect(nn.Module):
         inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise MisconfigurationException(f"{path} takes {len(inputs)} inputs; it must take one batch of images.")
-        self.register_buffer("file_sha256", digest_tensor(path.read_bytes()))
+        self.register_buffer("file_sha256", digest_tensor(content))
         # not a child: an exported program refuses train() and eval(), and is what it was exported as
         self._call = program.module().__call__
         size = inputs[0].shape[0]
@@ -115,6 +118,36 @@ class ExportedSuspect(nn.Module):
     def forward(self, x: Tensor) -> Any:
         """Answers a batch as the program does; one that was exported for batches of one size gets such."""
         return in_batches(self._call, x.cpu(), self._size)
+
+
+class ScriptedSuspect(nn.Module):
+    """A TorchScript program, on the CPU; its state is its weights and the SHA-256 of the file, which holds its code, too.
+
+    Args:
+        path: The file. Loading it may execute code that it holds.
+
+    Raises:
+        MisconfigurationException: If it cannot be loaded.
+    """
+
+    file_sha256: Tensor
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        content = path.read_bytes()
+        try:
+            with warnings.catch_warnings():
+                # PyTorch advises against the format, which is not ours to choose: a suspect comes as it is
+                warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
+                self.program = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call, unused-ignore]
+        except RuntimeError as error:
+            raise MisconfigurationException(f"{path} is not a TorchScript file that can be read.") from error
+        self.register_buffer("file_sha256", digest_tensor(content))
+
+    @override
+    def forward(self, x: Tensor) -> Any:
+        """Answers a batch as the program does."""
+        return self.program(x)
 
 
 class _Answer(nn.Module):
@@ -207,7 +240,7 @@ def load_suspect(
     checkpoint = path / MODEL if path.is_dir() else path
     if not checkpoint.is_file():
         raise MisconfigurationException(
-            f"There is no suspect at {checkpoint}. Give a stage directory of `meadef run`, or the path of a checkpoint."
+            f"There is no model at {checkpoint}. Give a stage directory of `meadef run`, or the path of a checkpoint."
         )
     kind = checkpoint.suffix.lower()
     if kind in _PICKLED and not trust_code:
@@ -239,10 +272,10 @@ def load_suspect(
         )
         stages.append(onnx)
     else:
-        stages.append(ExportedSuspect(checkpoint) if kind == ".pt2" else _scripted(checkpoint))
+        stages.append(ExportedSuspect(checkpoint) if kind == ".pt2" else ScriptedSuspect(checkpoint))
     if output is not None and kind != ".onnx":
         stages.append(_Answer(output))
-    return stages[0] if len(stages) == 1 else nn.Sequential(*stages).eval()
+    return (stages[0] if len(stages) == 1 else nn.Sequential(*stages)).eval()
 
 
 def describes_itself(path: Path) -> bool:
@@ -258,14 +291,6 @@ def _are_weights(checkpoint: Path) -> bool:
 def _beside(path: Path, checkpoint: Path) -> Path | None:
     beside = [parent / "config.yaml" for parent in (path, *list(checkpoint.absolute().parents)[:2])]
     return next((file for file in beside if file.is_file()), None)
-
-
-def _scripted(path: Path) -> nn.Module:
-    try:
-        scripted: nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call, unused-ignore]
-    except RuntimeError as error:
-        raise MisconfigurationException(f"{path} is not a TorchScript file that can be read.") from error
-    return scripted.eval()
 
 
 def _function(name: str, trust_code: bool) -> nn.Module | CallableSuspect:
@@ -304,11 +329,13 @@ def _refuse_compressed(checkpoint: Path) -> None:
 
 
 def _with_weights(section: Mapping[str, Any], file: Path | None, checkpoint: Path, data: SplitDataModule) -> nn.Module:
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
+
+    from meadef_lightning.experiment.messages import Parser
 
     if not isinstance(section.get("model"), Mapping):
         raise MisconfigurationException(f"{file} has no `model:` section with class_path and init_args.")
-    parser = ArgumentParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "model", required=True)
     try:
         suspect: nn.Module = parser.instantiate(parser.parse_object({"model": dict(section["model"])})).model

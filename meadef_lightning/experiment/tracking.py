@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from meadef_lightning.experiment.artifacts import Stage, is_rank_zero
+from meadef_lightning.experiment.artifacts import is_rank_zero
+from meadef_lightning.experiment.stage_directory import Stage
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -41,7 +42,7 @@ SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 """What ``wandb agent`` sets for the one run that it waits for."""
 
 _PRIVATE = {"key", "keys", "salt", "api_key", "api_keys", "password"}
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")  # up to the last one: a password may hold another
 
 
 def untracked(stage: Stage) -> AbstractContextManager[Sequence[Logger]]:

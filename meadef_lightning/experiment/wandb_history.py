@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
-from meadef_lightning.experiment.stages import row_identity
+from meadef_lightning.experiment.metrics_log import row_identity
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run

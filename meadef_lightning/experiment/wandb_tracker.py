@@ -32,20 +32,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from meadef_lightning.experiment.artifacts import (
-    WANDB_FILE,
-    Stage,
-    file_sha256,
-    read_json,
-    write_json_atomic,
-    write_text_atomic,
-)
+from meadef_lightning.experiment.artifacts import file_sha256, read_json, write_json_atomic, write_text_atomic
 from meadef_lightning.experiment.headlines import report_summary, stage_summary, verdict_summary
+from meadef_lightning.experiment.metrics_log import logged_rows
 from meadef_lightning.experiment.render import ReportFigure, package_versions
 from meadef_lightning.experiment.report import Report
-from meadef_lightning.experiment.stages import MODEL, RESULT, logged_rows
+from meadef_lightning.experiment.stage_directory import WANDB_FILE, Stage
+from meadef_lightning.experiment.stages import RESULT
 from meadef_lightning.experiment.tracking import SWEEP_VARIABLES, StageKind, Track, Tracker, public
 from meadef_lightning.experiment.wandb_history import STEP, History, StageLogger
+from meadef_lightning.experiment.weights import MODEL
 from meadef_lightning.verification import Verdict
 from meadef_lightning.watermark import WatermarkKey
 

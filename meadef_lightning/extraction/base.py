@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
@@ -19,7 +18,7 @@ from typing_extensions import override
 
 from meadef_lightning import processes
 from meadef_lightning.data.base import SplitDataModule
-from meadef_lightning.data.loading import EpochShuffle, ResumableLoader, batches_done
+from meadef_lightning.data.loading import EpochShuffle, ResumableDataModule, ResumableLoader
 from meadef_lightning.extraction.pools import AttackerSplit, Pool
 from meadef_lightning.oracle import BlackBox, row_digests
 
@@ -100,7 +99,7 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
-class ExtractionDataModule(LightningDataModule, ABC):
+class ExtractionDataModule(ResumableDataModule, ABC):
     """Base of the thefts: an attack says which inputs to ask (:meth:`collect`), everything else is shared.
 
     The transfer set is collected once, before the student's training, on one process; the others are told. With a ledger that
@@ -151,7 +150,6 @@ class ExtractionDataModule(LightningDataModule, ABC):
         self.pool = AttackerSplit() if pool is None else pool
         self._transfer: TransferSet | None = None
         self._spent = 0
-        self._done = 0
 
     @abstractmethod
     def collect(self) -> TransferSet:
@@ -180,9 +178,11 @@ class ExtractionDataModule(LightningDataModule, ABC):
 
     @property
     def feature_dim(self) -> int | None:
-        """Number of features of an encoder's answers; ``None`` before `setup`, and if the oracle answers with classes."""
-        known = self._transfer is not None and self.oracle.labels == "feature"
-        return self._transfer.answers.shape[1] if known and self._transfer is not None else None
+        """Number of features of an encoder's answers; ``None`` before `setup`, if the oracle answers with classes, and if nothing was asked yet."""
+        answers = None if self._transfer is None else self._transfer.answers
+        return (
+            answers.shape[1] if answers is not None and answers.ndim == 2 and self.oracle.labels == "feature" else None
+        )
 
     @property
     def queries_spent(self) -> int:
@@ -239,7 +239,7 @@ class ExtractionDataModule(LightningDataModule, ABC):
         """Queries with their answers, shuffled anew in each epoch."""
         transfer = self._ready()
         train = TensorBatches(transfer.x, transfer.answers, rows=self.epoch_rows(transfer))
-        loader = ResumableLoader(
+        return self.resumable_loader(
             train,
             batch_size=self.batch_size,
             sampler=EpochShuffle(train, self.seed),
@@ -248,11 +248,7 @@ class ExtractionDataModule(LightningDataModule, ABC):
             drop_last=len(train) > self.batch_size,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader would advance the global one
-            position=self._position,
         )
-        loader.load_state_dict({"batches": self._done})
-        self._done = 0
-        return loader
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -294,24 +290,6 @@ class ExtractionDataModule(LightningDataModule, ABC):
         # Lightning calls this hook instead of the model's, not beside it
         return self.trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Batches of the running epoch that are done.
-
-        The loader's own state says the same, but Lightning does not hand it back where a module asked for
-        ``trainer.estimated_stepping_batches`` while it configured its optimisers, as one-cycle schedules do.
-        """
-        return {"batches": self._position()}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training loader begin where the checkpoint was written.
-
-        Args:
-            state_dict: What `state_dict` returned.
-        """
-        self._done = state_dict["batches"]
-
     def query_summary(self) -> dict[str, Any]:
         """What was asked, in primitive values for a report: pool, kind of answers, queries, distinct ones, budget."""
         return {
@@ -340,6 +318,3 @@ class ExtractionDataModule(LightningDataModule, ABC):
                 "The oracle was not asked yet: call setup('fit') first, or hand the data module to a Trainer."
             )
         return self._transfer
-
-    def _position(self) -> int:
-        return batches_done(self.trainer)

@@ -239,17 +239,13 @@ class CompositeDataModule(ExtractionDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Composites of the running epoch (of epoch 0 without a Trainer), ``(B, C, H, W)``, not asked yet."""
         self._ready()
-        loader = ResumableLoader(
+        return self.resumable_loader(
             Composites(self._images, self.epoch_size, self.seed, self.ratio, self._epoch),
             batch_size=self.batch_size,  # in order: composites are drawn at random already
             collate_fn=as_is,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader would advance the global one
-            position=self._position,
         )
-        loader.load_state_dict({"batches": self._done})
-        self._done = 0
-        return loader
 
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -194,10 +194,7 @@ class DataFreeDataModule(ExtractionDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Numbers of the iterations of an epoch."""
         steps = cast("Any", range(self.iterations_per_epoch))
-        loader = ResumableLoader(steps, batch_size=None, generator=torch.Generator(), position=self._position)
-        loader.load_state_dict({"batches": self._done})
-        self._done = 0
-        return loader
+        return self.resumable_loader(steps, batch_size=None, generator=torch.Generator())
 
     @override
     def val_dataloader(self) -> list[Any]:

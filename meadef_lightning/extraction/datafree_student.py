@@ -24,6 +24,8 @@ from meadef_lightning.extraction.datafree import (
 )
 from meadef_lightning.extraction.pools import pixel_range
 from meadef_lightning.extraction.student import Student
+from meadef_lightning.modes import evaluation_mode
+from meadef_lightning.random_state import kept_random_state
 from meadef_lightning.victims.classifier import NetworkFactory
 
 _STATE = "data_free"  # key of the checkpoint
@@ -147,8 +149,7 @@ class DataFreeStudent(Student):
     @override
     def training_step(self, batch: int) -> None:  # type: ignore[override]
         """One iteration, or the end of the training where the budget does not cover it."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with kept_random_state(self.device):
             torch.manual_seed(iteration_seed(self.source.seed, self.iterations))
             found = self._train_generator()
             if found is None:
@@ -266,12 +267,8 @@ class DataFreeStudent(Student):
     @torch.no_grad()
     def _on(self, images: Tensor) -> Tensor:
         """Disagreement on images. In eval mode: batch statistics would let each image depend on all the moved ones."""
-        network = cast("nn.Module", self.network)
-        training = network.training
-        network.eval()
-        values = self.disagreement(self(images), self.ask(images))
-        network.train(training)
-        return values
+        with evaluation_mode(cast("nn.Module", self.network)):
+            return self.disagreement(self(images), self.ask(images))
 
     def _stop(self) -> None:
         if not self.trainer.should_stop:

@@ -205,7 +205,9 @@ class JacobianDataModule(RoundsDataModule):
     def collect(self) -> TransferSet:
         """Asks about the seeds, then about what each round makes of all points so far."""
         if self.children >= self.num_classes:
-            raise ValueError(f"There are no {self.children} other classes than a point's own among {self.num_classes}.")
+            raise ValueError(
+                f"There are no {self.children} other classes than a point's own among {self.num_classes}; lower targets."
+            )
         images, y = self.pool.images(self.data)
         trained = self.seeds - round(self.validation_fraction * self.seeds)
         most: int = trained * (1 + self.children) ** (self.sigma or 0)

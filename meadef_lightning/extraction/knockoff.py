@@ -24,7 +24,7 @@ H(z) that start at 0:
 
 **Budget.** ``queries`` distinct images, those held out for validation included; interim students cost nothing. The held-out images
 are drawn at random, also in the adaptive attack. That one asks ``draws`` images at a time, so that a ledger's budget below
-``queries`` is spent before it stops the theft; with a larger one it goes on from its last finished round.
+``queries`` is spent before it stops the theft; with a larger one it goes on from its last draw.
 
 **Answers.** Soft, top-k, rounded or hard. Rewards take probabilities as they are answered, also if they do not sum to one, and hard answers as
 one-hot rows: the certainty then is constant, which is standardised to 0, and the diversity is that of the classes named.
@@ -105,11 +105,6 @@ class KnockoffDataModule(ExtractionDataModule):
         x = x[rows]
         return TransferSet(x, self.ask(x), held_out, None if y is None else y[rows])
 
-    @override
-    def query_summary(self) -> dict[str, Any]:
-        """What was asked, in primitive values for a report; see `ExtractionDataModule.query_summary`."""
-        return super().query_summary()
-
 
 class AdaptiveKnockoffDataModule(RoundsDataModule):
     """Knockoff Nets with the adaptive strategy: a bandit learns from which classes of the pool to draw.
@@ -187,14 +182,19 @@ class AdaptiveKnockoffDataModule(RoundsDataModule):
         if state is not None and state["pool"] == pool:
             bandit.load(state["bandit"])
             rows, start = state["rows"], state["round"]
+        else:
+            state = None
         parts = [self.ask(x[rows], "Reading the answers so far")] if len(rows) else []  # paid for: the ledger has them
 
         asked = self.queries - held
         for number in range(start, self.rounds):
-            end = asked * (number + 1) // self.rounds
+            begin, end = (asked * part // self.rounds for part in (number, number + 1))
             generator, student = torch.Generator().manual_seed(self.round_seed(number)), None
-            if "loss" in self.rewards and 0 < len(rows) < end:
-                student = self.interim(x[rows], torch.cat(parts), self.interim_epochs, self.round_seed(number))
+            if state is not None and number == start and "generator" in state:
+                generator.set_state(state["generator"])
+            if "loss" in self.rewards and begin > 0 and len(rows) < end:
+                before = torch.cat(parts)[:begin]
+                student = self.interim(x[rows[:begin]], before, self.interim_epochs, self.round_seed(number))
             while len(rows) < end:
                 actions = bandit.draw(min(self.draws, end - len(rows)), generator)
                 drawn = by_class[first[actions] + bandit.counts[actions] + occurrences(actions, len(sizes)) - 1]
@@ -202,7 +202,9 @@ class AdaptiveKnockoffDataModule(RoundsDataModule):
                 bandit.learn(actions, answers, None if student is None else self._logits(student, x[drawn]))
                 rows = torch.cat([rows, drawn])
                 parts.append(answers)
-            self.save_round({"round": number + 1, "rows": rows, "bandit": bandit.state(), "pool": pool})
+                # after every draw: even if the training of a student could not be repeated to the bit, its draws are paid once
+                learnt = {"bandit": bandit.state(), "generator": generator.get_state()}
+                self.save_round({"round": number, "rows": rows, "pool": pool, **learnt})
         if held:
             rows = torch.cat([rows, held_rows])
             parts.append(self.ask(x[held_rows]))

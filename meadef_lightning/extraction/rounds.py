@@ -20,14 +20,16 @@ from meadef_lightning.data.loading import EpochShuffle
 from meadef_lightning.extraction.base import ExtractionDataModule, TensorBatches, as_is
 from meadef_lightning.extraction.student import Student
 from meadef_lightning.quiet import quiet
+from meadef_lightning.random_state import kept_random_state
 
 
 class RoundsDataModule(ExtractionDataModule):
     """Base of the thefts in rounds: :meth:`collect` asks, trains an interim student on all answers so far, and asks again.
 
     Every interim student has the architecture, loss and optimiser of the student that the Trainer trains in the end, and
-    starts from fresh weights. After each round the attack's state is written beside the ledger's file (if it has one), so that an
-    interrupted theft goes on from its last finished round.
+    starts from fresh weights; or from those of the module that the user gave, where that was ready and no factory. After each
+    round or draw the attack's state is written beside the ledger's file (if it has one), so that an interrupted theft goes on
+    from there.
     """
 
     _chooser: str | None = None  # architecture of the interim students so far; none was trained yet, or none is needed
@@ -70,7 +72,7 @@ class RoundsDataModule(ExtractionDataModule):
             drop_last=len(rows) > self.batch_size,
             generator=torch.Generator(),
         )
-        with quiet(), torch.random.fork_rng():
+        with quiet(), kept_random_state(device):
             torch.manual_seed(seed)
             student = fresh_copy(self.student)
             student.build_network(self.num_classes, self.image_shape[0])
@@ -128,7 +130,7 @@ class RoundsDataModule(ExtractionDataModule):
         return cast("dict[str, Any]", content["state"])
 
     def _student_architecture(self) -> str:
-        with torch.random.fork_rng():
+        with kept_random_state():
             student = fresh_copy(self.student)
             student.build_network(self.num_classes, self.image_shape[0])
         return architecture(student.ready_network())
@@ -152,9 +154,16 @@ def architecture(network: nn.Module) -> str:
 
 
 def fresh_copy(student: Student) -> Student:
-    """Copies a student that is attached to a Trainer, without the Trainer and the mesh of its processes."""
-    with _detached(student):
-        return deepcopy(student)
+    """Copies a student that is attached to a Trainer, without the Trainer and the mesh of its processes.
+
+    A network that a factory made is left out, to be made anew: the student may have been trained before. One that the user gave stays.
+    """
+    network, student.network = student.network, None if student.has_factory else student.network
+    try:
+        with _detached(student):
+            return deepcopy(student)
+    finally:
+        student.network = network
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class HTTPOracle(BlackBox):
             configurations.
         ledger: What this client has asked; see `Oracle`. It is tied to the model that the server names.
         batch_size: Most rows in a request, and the unit that is stored as a whole; lowered to what the server takes.
-        timeout: Seconds to wait for a connection, between two parts of an answer, and for an answer's body as a whole.
+        timeout: Seconds to wait for a connection, for the head of an answer, and for its body.
         retries: How often a request is repeated, at most.
         backoff: Seconds before the first repetition; doubled each time, and shortened at random by up to a half.
 

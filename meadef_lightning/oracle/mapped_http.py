@@ -75,7 +75,6 @@ class MappedHTTPOracle(BlackBox):
         self._width = max([num_classes, *(1 + target for target in mapping.targets)])
         self._path = parsed_path(mapping.response)
         self._channel = _Foreign(mapping, backoff)
-        self._bucket = TokenBucket(mapping.requests_per_second, 1.0)
         facts = {
             **asdict(mapping),
             "space": None if plain else asdict(self.space),
@@ -98,8 +97,6 @@ class MappedHTTPOracle(BlackBox):
 
     @override
     def _answer(self, x: Tensor) -> Tensor:
-        while wait := self._bucket.take(1):
-            time.sleep(wait)
         reply = self._channel.exchange("", self._body(x), ENVELOPE + len(x) * _BYTES_PER_ANSWER)
         try:
             found = follow(reply, self._path)
@@ -193,8 +190,15 @@ class _Foreign(Channel):
         self._lines, secrets = resolved_headers(mapping.headers)
         super().__init__(checked_url(mapping.url), secrets, mapping.timeout, mapping.retries, backoff)
         self._method = mapping.method
+        self._bucket = TokenBucket(mapping.requests_per_second, 1.0)
         raw = {"png": "image/png", "float32": "application/octet-stream"}
         self._type = "application/json" if mapping.request is not None else raw[mapping.images]
+
+    @override
+    def once(self, path: str, body: bytes | None, most: int) -> Any:
+        while wait := self._bucket.take(1):  # for a repeated request, too
+            time.sleep(wait)
+        return super().once(path, body, most)
 
     @override
     def address(self, path: str) -> str:

@@ -55,7 +55,7 @@ class HTTPMapping:
         method: HTTP method.
         batch_size: Most images in a request; more than 1 needs ``$each``.
         requests_per_second: Most requests a second; no limit if None.
-        timeout: Seconds to wait for a connection, between two parts of an answer, and for an answer's body as a whole.
+        timeout: Seconds to wait for a connection, for the head of an answer, and for its body.
         retries: How often a request is repeated after a failure that may pass; the API may charge for each.
 
     Raises:

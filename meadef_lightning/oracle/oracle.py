@@ -2,13 +2,12 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from meadef_lightning.modes import evaluation_mode
 from meadef_lightning.oracle.base import BlackBox
 from meadef_lightning.oracle.ledger import QueryLedger
 from meadef_lightning.oracle.policies import AnswerKind, Policy, Soft, update_digest
@@ -80,7 +79,7 @@ class Oracle(BlackBox):
         like = next((tensor for tensor in weights if tensor.is_floating_point()), x)
         # no_grad and not inference_mode: what a victim caches while it answers must stay usable in its own training.
         # No autocast: an answer must not depend on the precision of the attack that asks.
-        with _frozen(self.victim), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        with evaluation_mode(self.victim), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             logits = _logits(self.victim(x.to(like)), self.output_key)
             if logits.ndim != 2 or len(logits) != len(x) or not logits.is_floating_point():
                 raise ValueError(
@@ -117,16 +116,3 @@ def _logits(output: object, key: Key | None) -> Tensor:
 def _name(key: Key | None) -> str:
     """A name of the output key that stays the same between runs, which the address in a function's repr does not."""
     return f"{key.__module__}.{getattr(key, '__qualname__', type(key).__qualname__)}" if callable(key) else repr(key)
-
-
-@contextmanager
-def _frozen(victim: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards exactly the flags from before: parts of a victim in training may be in eval mode already."""
-    training = [module for module in victim.modules() if module.training]
-    if training:
-        victim.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +37,7 @@ class Storage:
     """A checked SQLite database with the ledger's tables, usable from any thread, and from any process if it has a path.
 
     Args:
-        path: Database file, created with its folder where it does not exist; None for memory.
+        path: Database file, created with its folder where it does not exist, readable by its owner only; None for memory.
 
     Raises:
         LedgerError: If the file is not a ledger, is damaged, was written by another version, or cannot be written.
@@ -131,6 +131,10 @@ class Storage:
                     raise LedgerError(
                         f"The folder of the ledger {self.name} cannot be made ({error}). Give QueryLedger another path."
                     ) from error
+                # which samples were asked tells a verifier's key; SQLite gives its other files the same permissions, and
+                # says itself what is wrong with a path
+                with suppress(OSError):
+                    os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             # Autocommit, since transactions are explicit; the short timeout keeps Ctrl-C alive while we wait for a lock
             target = ":memory:" if self.path is None else str(self.path)
             connection = sqlite3.connect(target, timeout=1.0, isolation_level=None, check_same_thread=False)

@@ -14,6 +14,7 @@ import urllib3
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import Self, override
 
+from meadef_lightning.oracle.deadline import timed_pool
 from meadef_lightning.oracle.ledger import BudgetExceededError
 
 KEY_VARIABLE: Final = "MEADEF_API_KEY"
@@ -93,7 +94,7 @@ class Channel:
     Args:
         url: Address of the server, checked.
         secrets: What messages never show, even if the server repeats it.
-        timeout: Seconds to wait for a connection, between two parts of an answer, and for an answer's body as a whole.
+        timeout: Seconds to wait for a connection, for the head of an answer, and for its body.
         retries: How often a request is repeated, at most.
         backoff: Seconds before the first repetition; doubled each time, and shortened at random by up to a half.
 
@@ -161,7 +162,7 @@ class Channel:
         """
         for attempt in itertools.count():
             try:
-                return self._once(path, body, most)
+                return self.once(path, body, most)
             except _PassingError as error:
                 pause = min(LONGEST_WAIT, self.backoff * 2.0**attempt) * random.SystemRandom().uniform(0.5, 1.0)
                 wait = max(pause, error.wait)
@@ -182,9 +183,10 @@ class Channel:
         where = self.address(path) + ("" if status is None else f" (status {status})")
         return OracleHTTPError(f"{where}: {problem}. {remedy}", status)
 
-    def _once(self, path: str, body: bytes | None, most: int) -> Any:
+    def once(self, path: str, body: bytes | None, most: int) -> Any:
+        """Sends a request, a single time; see :meth:`exchange`."""
         if self._pool is None:
-            self._pool = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(self.timeout, self.timeout))
+            self._pool = timed_pool(self.timeout)
         try:
             response = self._pool.request(
                 self.method(body),

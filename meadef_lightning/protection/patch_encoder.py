@@ -31,7 +31,7 @@ from typing_extensions import override
 from meadef_lightning.protection.patch import CORNERS, Corner, corner_mask, stamp
 from meadef_lightning.victims.module import NetworkFactory
 from meadef_lightning.victims.simclr import SimCLRVictim
-from meadef_lightning.watermark.objective import frozen_batchnorm
+from meadef_lightning.watermark.batchnorm import frozen_batchnorm
 
 
 def patch_pull(stamped: Tensor, natural: Tensor, target: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ from typing_extensions import override
 from meadef_lightning.data.thief import ThiefData
 from meadef_lightning.removal.base import Observe, Removal, train_path
 from meadef_lightning.removal.finetuning import Tuner, adam, check_training
+from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS
 from meadef_lightning.watermark.combiners import Combiner
-from meadef_lightning.watermark.key import DEFAULT_COMBINERS
 
 Labels = Literal["wrong", "random", "source"]
 

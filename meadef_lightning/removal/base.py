@@ -25,6 +25,7 @@ from meadef_lightning.data.loading import EpochShuffle
 from meadef_lightning.data.thief import ThiefData
 from meadef_lightning.extraction.base import TensorBatches, as_is
 from meadef_lightning.quiet import quiet
+from meadef_lightning.random_state import kept_random_state
 from meadef_lightning.watermark.tilt import evaluating
 
 Observe = Callable[[float, nn.Module], bool]
@@ -157,7 +158,7 @@ class _Path(Callback):
         model = self.model()
         # each layer's own flag, since some removals train parts of a model only; what is measured must not steer what is trained
         training = [part for part in model.modules() if part.training]
-        with torch.random.fork_rng():
+        with kept_random_state(device_of(model)):
             if not self.observe(trainer.current_epoch + 1, model.eval()):
                 trainer.should_stop = True
         for part in training:
@@ -175,7 +176,7 @@ def train_path(
     seed: int,
     **trainer: Any,
 ) -> None:
-    """Trains with Lightning, where the model is, and shows it to the observer after every epoch.
+    """Trains with Lightning, where the model is and stays, and shows it to the observer after every epoch.
 
     Args:
         module: What is trained; holds ``model`` somewhere.
@@ -197,7 +198,7 @@ def train_path(
         "enable_model_summary": False,
         "limit_val_batches": 0,
     }
-    with torch.random.fork_rng(), quiet():
+    with kept_random_state(device), quiet():
         torch.manual_seed(seed)
         # said of what is meant here: layers that are not tuned, and students without held-out images
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
@@ -213,3 +214,4 @@ def train_path(
         )
         callbacks = [_Path(observe, lambda: model), *trainer.pop("callbacks", [])]
         Trainer(max_epochs=epochs, callbacks=callbacks, **(options | trainer)).fit(module, loader)
+    model.to(device)  # Lightning leaves it on the CPU

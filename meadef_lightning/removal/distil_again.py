@@ -32,6 +32,7 @@ from typing_extensions import override
 
 from meadef_lightning.data.thief import ThiefData
 from meadef_lightning.extraction.student import Student
+from meadef_lightning.random_state import kept_random_state
 from meadef_lightning.removal.base import Observe, Removal, classes_of, device_of, logits_of, train_path
 from meadef_lightning.removal.finetuning import check_training
 from meadef_lightning.removal.layers import reset
@@ -106,7 +107,7 @@ class DistilAgain(Removal):
             fresh = copy.deepcopy(model)
             reset(fresh, seed)
         else:
-            with torch.random.fork_rng():
+            with kept_random_state(device_of(model)):
                 torch.manual_seed(seed)
                 fresh = self.network(data.num_classes, data.x.shape[1]).to(device_of(model))
         return fresh.train().requires_grad_(True)
@@ -128,5 +129,5 @@ class DistilAgain(Removal):
                 f"{type(model).__name__} does not tell its numbers of classes (of the last nn.Linear) and of input channels (attribute "
                 "in_channels, or first convolution), which the new network is made with. Distil into the same architecture (network=None)."
             )
-        with torch.random.fork_rng():
+        with kept_random_state():
             return self.network(linear[-1], in_channels).to(device_of(model))

@@ -230,4 +230,4 @@ class FinePruning(Removal):
                 seed=seed,
                 callbacks=[_KeepRemoved(remove)],
             )
-        return pruned.to(device_of(model)).eval()
+        return pruned.eval()

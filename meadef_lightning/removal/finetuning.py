@@ -6,14 +6,12 @@
 **Algorithm.** 1. Copy the model. 2. With ``RT…``, give the last linear layer new weights. 3. Minimise cross-entropy on the thief's
 images, over all layers (``…AL``) or the last one alone (``…LL``), epoch after epoch.
 
-======== =============== ============= =============== =========
-mode     last layer      what is tuned default labels  epochs
-======== =============== ============= =============== =========
-``FTAL`` kept            all layers    true            5
-``FTLL`` kept            last layer    true            5
-``RTAL`` reset           all layers    the model's own 5
-``RTLL`` reset           last layer    the model's own 10
-======== =============== ============= =============== =========
+| mode | last layer | what is tuned | default labels | epochs |
+|---|---|---|---|---|
+| ``FTAL`` | kept | all layers | true | 5 |
+| ``FTLL`` | kept | last layer | true | 5 |
+| ``RTAL`` | reset | all layers | the model's own | 5 |
+| ``RTLL`` | reset | last layer | the model's own | 10 |
 
 **Cost.** ``epochs`` passes over the thief's images.
 
@@ -69,11 +67,19 @@ class Tuner(LightningModule):
         model: Maps ``(B, C, H, W)`` to logits; layers that are in eval mode stay there.
         optimizer: Makes the optimiser from the parameters that ask for gradients.
         callbacks: Handed to the Trainer.
+        augmentation: Maps images to images of the same shape, anew in every step. ``None``: they are seen as they are.
     """
 
-    def __init__(self, model: nn.Module, optimizer: OptimizerCallable, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerCallable,
+        callbacks: Sequence[Callback] = (),
+        augmentation: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.augment = nn.Identity() if augmentation is None else copy.deepcopy(augmentation).train()
         self._optimizer, self._callbacks = optimizer, list(callbacks)
 
     @override
@@ -86,7 +92,7 @@ class Tuner(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy of a batch."""
         x, y = batch
-        return F.cross_entropy(self(x), y)
+        return F.cross_entropy(self(self.augment(x)), y)
 
     @override
     def configure_callbacks(self) -> Sequence[Callback] | Callback:

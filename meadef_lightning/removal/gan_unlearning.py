@@ -43,6 +43,7 @@ from typing_extensions import override
 from meadef_lightning.data.thief import ThiefData
 from meadef_lightning.detection.base import anomaly_index, without_training
 from meadef_lightning.detection.neural_cleanse import OtherClasses, Triggers
+from meadef_lightning.random_state import kept_random_state
 from meadef_lightning.removal.base import Observe, Removal, device_of, train_path
 from meadef_lightning.removal.finetuning import Tuner, check_training
 
@@ -193,7 +194,7 @@ def _search(
     x, low, high = (value.to(device) for value in (data.x, data.low, data.high))
     shape, labels = x.shape[1:], classes.to(device)[:, None].expand(-1, count)
     others, generator = OtherClasses(data.y.cpu(), data.num_classes), torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
+    with kept_random_state(device):
         torch.manual_seed(seed)
         create = _Ensemble([TriggerGenerator(shape).to(device) for _ in classes], lr)
         judge = _Ensemble([Discriminator(shape).to(device) for _ in classes], lr)

@@ -12,13 +12,15 @@ function theorem at the fixed point of projected ascent, and takes ``iterations`
 **Cost.** For each batch two passes over it and ``iterations + 2`` over the ``inner_size`` images; for each round ``ascent`` more of
 these.
 
-**Defaults.** 5 rounds and 5 iterations are the paper's. Adam's learning rate is 1e-3, with 16 images a step; the paper's 5e-4 is for more
-images. Its perturbation is held by a norm of 10 in the input space and by a penalty of 0.001 on its square; here by the norm alone,
-``radius`` times the distance of a white image from a black one, so that the same number means the same for any data set. Half of the loss
-is on clean images, which keeps accuracy, and perturbed ones are clipped to what images can be. ``remember`` is ours: half of the
-perturbed images get a perturbation of an earlier round. Without it small networks forget in each round what they unlearnt in the one
-before, and accuracy and backdoor go up and down (digits with a patch: 0.85 and 0.16 after 5 rounds against 0.92 and 0.12). ``False`` is
-the paper's algorithm.
+**Defaults.** 5 iterations are the paper's. Its perturbation is held by a norm of 10 for 3×32×32 pixels in [0, 1], and by a penalty of 0.001 on
+its square; here by the norm alone, ``radius`` times the distance of a white image from a black one, so that the same number means the same
+for any data set: 0.18 is the paper's. As there, perturbed images are not clipped to what images can be. With clipping the search finds other
+perturbations than the trigger, and a patch on digits that was trained beside squares of noise stays where it is: 68 % to 96 % in 5 rounds at a
+radius of 0.1. The paper's 3 to 5 rounds go through thousands of images each. Thieves have hundreds: 20 rounds of few steps, with Adam at 2e-3 and
+64 images a step, meet more perturbations than 5 long ones, and leave 0 to 25 % of that patch for two to five points of accuracy (three seeds). Half
+of the loss is on clean images, which keeps accuracy. ``remember`` is ours: half of the perturbed images get a perturbation of an earlier round.
+Without it networks forget in each round what they unlearnt in the one before, and accuracy goes up and down (0.84 to 0.88 instead of 0.94 to 0.96 at
+the end). ``False`` is the paper's algorithm.
 
 **Modes.** The inner problem sees the network in eval mode: with batch statistics or dropout it would be another problem in every call,
 and there would be nothing to differentiate implicitly. The loss ``H`` is that of training mode, as in any tuning.
@@ -158,13 +160,9 @@ class _Unlearning(LightningModule):
         answers: Tensor = functional_call(self.model, dict(zip(self.names, theta, strict=True)), (x,))
         return answers
 
-    def perturbed(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Images with a perturbation added, clipped to what images can be."""
-        return (x + delta).clamp(self.data.low.to(x), self.data.high.to(x))
-
     def harm(self, theta: Sequence[Tensor], delta: Tensor) -> Tensor:
         """Loss on the round's images, which the perturbation maximises."""
-        return F.cross_entropy(self.logits(theta, self.perturbed(self.x, delta), training=False), self.y)
+        return F.cross_entropy(self.logits(theta, self.x + delta, training=False), self.y)
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -193,7 +191,7 @@ class _Unlearning(LightningModule):
         chosen = torch.randint(max(1, 2 * len(earlier)), (len(x),), generator=self.generator).clamp_max(len(earlier))
 
         def outer(theta: Sequence[Tensor], variable: Tensor) -> Tensor:
-            both = torch.cat([x, self.perturbed(x, torch.cat([earlier, variable[None]])[chosen.to(x.device)])])
+            both = torch.cat([x, x + torch.cat([earlier, variable[None]])[chosen.to(x.device)]])
             return F.cross_entropy(self.logits(theta, both, training=True), torch.cat([y, y]))
 
         parameters = list(self.model.parameters())
@@ -238,13 +236,13 @@ class IBAU(Removal):
 
     def __init__(
         self,
-        rounds: int = 5,
-        lr: float = 1e-3,
-        radius: float = 0.1,
+        rounds: int = 20,
+        lr: float = 2e-3,
+        radius: float = 0.18,
         iterations: int = 5,
         ascent: int = 10,
-        inner_size: int = 128,
-        batch_size: int = 16,
+        inner_size: int = 64,
+        batch_size: int = 64,
         remember: bool = True,
     ) -> None:
         if min(rounds, ascent, inner_size, batch_size) < 1 or iterations < 0:

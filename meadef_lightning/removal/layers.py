@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meadef_lightning.random_state import kept_random_state
 from meadef_lightning.removal.base import device_of
 from meadef_lightning.watermark.tilt import evaluating
 
@@ -58,7 +59,7 @@ def reset(module: nn.Module, seed: int) -> None:
     Raises:
         ValueError: If a part has parameters of its own and cannot draw new ones: they would remain as they are.
     """
-    with torch.random.fork_rng(), torch.no_grad():
+    with kept_random_state(device_of(module)), torch.no_grad():
         torch.manual_seed(seed)
         for name, part in module.named_modules():
             # transformers of torch have the underscore

@@ -90,7 +90,7 @@ class Transfer(Removal):
             raise ValueError(
                 f"The other task has {self.data.num_classes} classes and images of shape {self.data.image_shape}, but the model was made "
                 f"for {data.num_classes} classes and {shape}. Give a data module with as many classes and images of this shape: set its "
-                "image_size where it has one, or resize the files and load them with FolderDataModule."
+                "image_size where it has one, or resize the files and load them with ImageFolderDataModule."
             )
         self.data.prepare_data()
         x, y = self.data.tensors(split)

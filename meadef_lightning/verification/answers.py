@@ -21,12 +21,13 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from meadef_lightning.verification.callback import INVALID, Queryable, answered_labels
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
 from meadef_lightning.verification.decoys import MAX_DECOYS, DecoyTable
+from meadef_lightning.verification.responses import Responses
 from meadef_lightning.verification.scores import key_scores, possible_targets
-from meadef_lightning.verification.verdict import Responses
-from meadef_lightning.watermark.key import DEFAULT_COMBINERS, CombinerSpec, KeySpace, WatermarkKey
+from meadef_lightning.verification.suspect import INVALID, Queryable, answered_labels
+from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS, CombinerSpec
+from meadef_lightning.watermark.key import KeySpace, WatermarkKey
 
 _TIE = 1e-9
 
@@ -136,7 +137,7 @@ def ask_everything(
     """Asks a suspect the questions of every key.
 
     Args:
-        suspect: A module in the mode in which it shall answer, asked on the CPU, or a black box with ``query(x)``.
+        suspect: A module in the mode in which it shall answer, asked where it lies, or a black box with ``query(x)``.
         data: Data module of the task; sources are of its verification split.
         samples: Triggers of every key, at least 2.
         combiners: Combining ways of the space.
@@ -159,15 +160,17 @@ def ask_everything(
     questions = VerificationDataModule(any_key, data, samples, space.size, samples, seed, batch_size)
     questions.setup("predict")
     _, _, cells, natural = questions.predict_dataloader()
+    weights = suspect.parameters() if isinstance(suspect, nn.Module) else iter(())
+    device = next((weight.device for weight in weights), torch.device("cpu"))
+
+    def ask(x: Tensor) -> Tensor:
+        answers = suspect(x.to(device)) if isinstance(suspect, nn.Module) else suspect.query(x)
+        return answered_labels(answers, len(x), space.num_classes).cpu()
+
     answered = []
     for loader in (cells, natural):
         with torch.inference_mode():
-            labels = torch.cat(
-                [
-                    answered_labels(suspect(x) if isinstance(suspect, nn.Module) else suspect.query(x), len(x), space.num_classes)
-                    for x, _ in loader
-                ]
-            )  # fmt: skip
+            labels = torch.cat([ask(x) for x, _ in loader])
         if bool((labels == INVALID).any()):
             raise ValueError("The suspect gave an answer that is none (NaN, or a label that is no class).")
         answered.append(labels.short())

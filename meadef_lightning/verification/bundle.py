@@ -32,12 +32,13 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from meadef_lightning.verification.commitment import Commitment, now, versions
+from meadef_lightning.verification.commitment import OWNERS_WORD, Commitment, free_choices, now, versions
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
-from meadef_lightning.verification.evidence import Evidence, _seal
+from meadef_lightning.verification.evidence import Evidence
 from meadef_lightning.verification.evidence_form import EvidenceError, time_of
 from meadef_lightning.verification.parcel import COMMITMENT, EVIDENCE, KEY, MANIFEST, TIMESTAMP, read_files, write_files
 from meadef_lightning.verification.questions import check_data, question_seals
+from meadef_lightning.verification.sealing import seals
 from meadef_lightning.verification.signing import (
     check_signature,
     is_hex,
@@ -133,7 +134,7 @@ class Bundle:
             # sealed, too, so that nobody without the key can take a signature off
             "signer": None if signing_key is None else public_hex(signing_key),
         }
-        manifest["seal"] = _seal({"manifest": manifest}, key)
+        manifest["seal"] = seals({"manifest": manifest}, key)
         bundle = cls({MANIFEST: render(sign(manifest, signing_key)), **files})
         bundle.check(key)
         return bundle
@@ -215,9 +216,7 @@ class Bundle:
             raise EvidenceError(f"seed differs between {MANIFEST} and {EVIDENCE}.")
         notes += self._check_commitment(evidence, signed_by, key, secret)
         if evidence.key["drawn_uniformly"] and secret is None:
-            notes.append(
-                "That the key was drawn is its owner's word: the draw was not repeated, for which the owner shows the secret."
-            )
+            notes.append(OWNERS_WORD)
         if (labels := evidence.labels) is not None:
             notes.append(labels.describe())
         verdict = None
@@ -282,9 +281,11 @@ class Bundle:
             )
         if commitment.data is not None and commitment.data != evidence.data:
             notes.append("The evidence rests on other data than the commitment names.")
+        if key is not None:
+            commitment.check(key)
         if key is not None and secret is not None:
             commitment.check_draw(key, secret)
-            notes.append("The key is what the committed secret and beacon give.")
+            notes += ["The key is what the committed secret and beacon give.", *free_choices(key)]
         return notes
 
     def __repr__(self) -> str:
@@ -297,7 +298,7 @@ def _check_seal(manifest: Mapping[str, Any], key: WatermarkKey) -> None:
         raise EvidenceError(
             f"{MANIFEST}: key.commitment differs: the bundle is about another key, or was changed. Use the key that was verified."
         )
-    expected = _seal({"manifest": {name: manifest[name] for name in _FIELDS}}, key)
+    expected = seals({"manifest": {name: manifest[name] for name in _FIELDS}}, key)
     if changed := sorted(name for name in expected if expected[name] != manifest["seal"].get(name)):
         raise EvidenceError(f"The bundle was changed after it was made. Fields that differ: {', '.join(changed)}.")
     if expected.keys() != manifest["seal"].keys():

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from meadef_lightning.verification.datamodule import Batch, SourceData, VerificationDataModule
 from meadef_lightning.verification.decoys import seeded_permutation
-from meadef_lightning.verification.verdict import Responses
+from meadef_lightning.verification.responses import Responses
 from meadef_lightning.watermark.key import WatermarkKey
 
 

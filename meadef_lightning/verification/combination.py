@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from meadef_lightning.verification.verdict import Decision, Responses, Verdict, at_most, judge
+from meadef_lightning.verification.responses import Responses
+from meadef_lightning.verification.verdict import Decision, Verdict, at_most, judge
 from meadef_lightning.watermark.key import WatermarkKey
 
 _LEANING = 0.01

@@ -7,7 +7,8 @@ authority itself: :func:`timestamp_request` makes the request that any of them t
 
 **Drawing without choice.** An owner could try secrets until the key suits. Against this, publish a commitment to the *secret* before a
 public beacon value (a block hash, a randomness beacon's round) exists, then draw the key from both, and commit to secret, beacon
-and key together. Whoever is shown the secret later can repeat the draw: :meth:`Commitment.check_draw`.
+and key together. Whoever is shown the secret later can repeat the draw: :meth:`Commitment.check_draw`. A key space of one's own is a choice, too:
+its ways and their order decide what is drawn, so publish them with the first commitment (:func:`free_choices` reminds a judge).
 """
 
 from __future__ import annotations
@@ -28,10 +29,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from meadef_lightning.__about__ import __version__
 from meadef_lightning.verification.evidence_form import EvidenceError, is_time
 from meadef_lightning.verification.signing import check_signature, is_hex, parse, render, sign
+from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
 
 _WHAT, _SCHEMA = "meadef_lightning commitment", 1
 _FIELDS = {"what", "schema_version", "created", "key", "secret", "model", "data", "versions", "signer", "signature"}
+OWNERS_WORD = (
+    "That the key was drawn is its owner's word: the draw was not repeated, for which the owner shows the secret."
+)
+"""What is to be said of a draw that nobody repeated."""
 # DER of a TimeStampReq (RFC 3161 §2.4.1): version 1, SHA-256, 32 bytes of digest; then certReq TRUE
 _REQUEST = bytes.fromhex("30390201013031300d060960864801650304020105000420")
 _CERTIFICATE = bytes.fromhex("0101ff")
@@ -85,6 +91,17 @@ def repeat_draw(key: WatermarkKey, secret: bytes, beacon: str) -> None:
             "The key was not drawn from this secret and beacon: "
             + ("its file claims a draw that cannot be repeated." if key.drawn_uniformly else "it was picked by hand.")
         )
+
+
+def free_choices(key: WatermarkKey) -> tuple[str, ...]:
+    """Says what the repeated draw of a key left to its owner: nothing where the key space is this package's own."""
+    if key.space == DEFAULT_COMBINERS:
+        return ()
+    return (
+        f"The {len(key.space)} ways of combining in the key's space are not this package's, and their choice and order decide what is drawn: "
+        "whoever made them up after the beacon was known could try many. The draw was free of choice only if they, too, stood in what was "
+        "published before.",
+    )
 
 
 def timestamp_request(document: bytes) -> bytes:
@@ -146,14 +163,7 @@ class Commitment:
             "what": _WHAT,
             "schema_version": _SCHEMA,
             "created": now(),
-            "key": None
-            if key is None
-            else {
-                "commitment": key.commitment(),
-                "drawn_uniformly": key.drawn_uniformly,
-                "num_classes": key.num_classes,
-                "space_size": KeySpace(key.num_classes, key.space).size,
-            },
+            "key": None if key is None else _public(key),
             "secret": None if secret is None else {"commitment": secret_commitment(secret), "beacon": beacon},
             "model": None if model is None else {"file": model[0], "sha256": model[1]},
             "data": None if data is None else dict(data),
@@ -188,15 +198,20 @@ class Commitment:
         return cls(**{field: content[field] for field in fields}, signer=signer, document=document)
 
     def check(self, key: WatermarkKey) -> None:
-        """Checks that this commits to the key.
+        """Checks that this commits to the key, and says nothing of it that is not so.
 
         Raises:
-            EvidenceError: If it commits to another key or to none.
+            EvidenceError: If it commits to another key or to none, or describes it otherwise; the message names the field.
         """
         if self.key is None or self.key["commitment"] != key.commitment():
             raise EvidenceError(
                 f"key.commitment differs: the commitment of {self.created} is about "
                 f"{'no key yet' if self.key is None else 'another key'}."
+            )
+        known = _public(key)
+        if wrong := sorted(name for name in known if self.key[name] != known[name]):
+            raise EvidenceError(
+                f"key.{wrong[0]} differs: the commitment says something else of the key than the key itself."
             )
 
     def check_draw(self, key: WatermarkKey, secret: bytes) -> None:
@@ -214,6 +229,16 @@ class Commitment:
                 f"secret.commitment differs: the commitment is about {'no' if self.secret is None else 'another'} secret."
             )
         repeat_draw(key, secret, self.secret["beacon"])
+
+
+def _public(key: WatermarkKey) -> dict[str, Any]:
+    """What a commitment says of a key."""
+    return {
+        "commitment": key.commitment(),
+        "drawn_uniformly": key.drawn_uniformly,
+        "num_classes": key.num_classes,
+        "space_size": KeySpace(key.num_classes, key.space).size,
+    }
 
 
 def _mapping(value: Any, names: set[str]) -> bool:

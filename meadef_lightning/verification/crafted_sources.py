@@ -31,9 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meadef_lightning.verification.callback import verify
 from meadef_lightning.verification.datamodule import SourceData
-from meadef_lightning.verification.verdict import Responses, Verdict
+from meadef_lightning.verification.responses import Responses
+from meadef_lightning.verification.verdict import Verdict
+from meadef_lightning.verification.verifying import verify
 from meadef_lightning.watermark.key import WatermarkKey
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from meadef_lightning.data.stored import Images, read_split
 from meadef_lightning.verification.decoys import DecoyTable, seeded_permutation, seeded_stream
-from meadef_lightning.verification.verdict import Responses
+from meadef_lightning.verification.responses import Responses
 from meadef_lightning.watermark.combiners import Combiner
 from meadef_lightning.watermark.key import WatermarkKey
 

@@ -64,7 +64,7 @@ class DecoyTable:
     Args:
         key: The true key.
         decoys: Number of decoy keys wanted, from 1 to ``MAX_DECOYS``.
-        seed: The verifier's seed, at least 0.
+        seed: The verifier's seed, at least 0 and below 2⁶³.
 
     Raises:
         ValueError: If a number is out of range, the key has only one combining way and hence no controls, or the table would have
@@ -78,8 +78,8 @@ class DecoyTable:
     def __post_init__(self) -> None:
         if not 1 <= self.decoys <= MAX_DECOYS:
             raise ValueError(f"decoys={self.decoys} must be between 1 and {MAX_DECOYS}; 9999 reaches p = 1e-4.")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0.")
+        if not 0 <= self.seed < 1 << 63:  # as evidence holds it
+            raise ValueError(f"seed={self.seed} must be at least 0 and below 2**63.")
         if len(self.space.combiners) < 2:
             raise ValueError(
                 "The key's space has one combining way, so there are no controls to compare with. "
@@ -215,7 +215,7 @@ class DecoyTable:
         Some composites look like a third class to any model. A reference model that was trained without regard to the key shows
         which; its statistic of the same key is subtracted. The reference does not depend on which key was drawn, so the rank of the
         true key stays exact, and the natural look-alikes no longer hide it. With several it does so for any function of their tables;
-        the mean of their statistics is taken, which is the statistic of their mean table, and in which one model's whims cancel out.
+        the mean of their statistics is taken, which is the statistic of their mean table; see :mod:`~.responses` for what that buys.
 
         Args:
             counts: How often each cell was answered with each class, shape ``(cells, width)``, int64, in the order of ``cells`` and

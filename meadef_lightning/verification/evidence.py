@@ -1,34 +1,24 @@
 """A verdict's evidence: one JSON file from which anybody who holds the key derives the verdict again, without the suspect.
 
-The key is never in it, and neither are its classes. Raw answers would name the target (it is what most triggers get), and the
-table of cells would let anyone look up the key with the published statistic. So the answers to composites are written with the
-classes renamed and the cells in another order, both a secret function of the key's salt, which :func:`check_evidence` undoes.
-(Somebody who can query the suspect without limit can still try all keys of the public key space on it; no file prevents that.)
-
-Each field carries a seal, an HMAC under the key's salt: whoever does not hold the key cannot change a field unnoticed.
+The key is never in it, and neither are its classes: the answers to composites are blinded, which :func:`check_evidence` undoes, and each
+field carries a seal (:mod:`~meadef_lightning.verification.sealing`, which says what blinding does not hide). Somebody who can query the suspect
+without limit can still try all keys of the public key space on it; no file prevents that.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from torch import Tensor, nn
 
-from meadef_lightning.__about__ import __version__
-from meadef_lightning.data.stored import Images, batches
-from meadef_lightning.verification.decoys import DecoyTable, seeded_permutation
+from meadef_lightning.verification.commitment import now, versions
+from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.evidence_form import (
     LABELLED,
     SCHEMA_VERSION,
@@ -36,60 +26,16 @@ from meadef_lightning.verification.evidence_form import (
     check_form,
     finite,
     listed,
+    unique,
 )
 from meadef_lightning.verification.labels import LabelMap
-from meadef_lightning.verification.verdict import Responses, Verdict, judge
+from meadef_lightning.verification.responses import Responses
+from meadef_lightning.verification.sealing import Blinding, seals
+from meadef_lightning.verification.verdict import Verdict, judge
 from meadef_lightning.watermark.key import WatermarkKey
 
 MAX_EVIDENCE_BYTES = 256 << 20
 _BYTES_PER_COUNT = 3  # a digit, a comma and a space: nearly all counts are 0
-_ROWS_READ = 256
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _absorb(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
-    digest.update(_bytes(tensor))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def tensors_fingerprint(*tensors: Images) -> str:
-    """Returns the SHA-256 over dtypes, shapes and bytes of the tensors, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for position, tensor in enumerate(tensors):
-        if isinstance(tensor, Tensor):
-            _absorb(digest, str(position), tensor)
-            continue
-        digest.update(_canonical([str(position), str(tensor.dtype), list(tensor.shape)]))
-        for rows in batches(tensor, _ROWS_READ):
-            digest.update(_bytes(rows))
-    return digest.hexdigest()
-
-
-def model_fingerprint(module: nn.Module) -> str:
-    """Returns the SHA-256 over a module's ``state_dict``: names, dtypes, shapes and bytes of its tensors.
-
-    It does not depend on the device or on ``torch.compile``. State that is no tensor counts by its name only.
-    """
-    digest = hashlib.sha256()
-    state = {name.replace("_orig_mod.", ""): value for name, value in module.state_dict().items()}
-    for name in sorted(state):
-        _absorb(digest, name, state[name] if isinstance(state[name], Tensor) else torch.empty(0))
-    return digest.hexdigest()
-
-
-def _blinding(key: WatermarkKey, seed: int, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the secret names of the classes, and the secret order of the columns and of the cells of a table of answers."""
-    cells, width = table.shape
-    classes = seeded_permutation(key.num_classes, "blind classes", key.salt, seed)
-    columns = classes if width == len(classes) else seeded_permutation(width, "blind columns", key.salt, seed)
-    return classes, columns, seeded_permutation(cells, "blind cells", key.salt, seed)
 
 
 def check_size(table: DecoyTable, reference: bool) -> None:
@@ -117,13 +63,12 @@ class Evidence:
     Args:
         schema_version: Version of this form.
         key: ``commitment`` (SHA-256), ``drawn_uniformly`` and ``num_classes``.
-        model: ``sha256`` of the suspect's weights (:func:`model_fingerprint`), or null for a black box.
-        data: ``verification`` and ``test``: SHA-256 of the samples and labels (:func:`tensors_fingerprint`).
+        model: ``sha256`` of the suspect's weights (:func:`~.fingerprints.model_fingerprint`), or null for a black box.
+        data: ``verification`` and ``test``: SHA-256 of the samples and labels (:func:`~.fingerprints.tensors_fingerprint`).
         procedure: ``alpha``, ``decoys``, ``seed``, ``null_statistics``, and ``labels``: what the suspect's labels were taken to stand for
             (``LabelMap.to_dict()``; the answers below are translated already), or null where they are the classes.
-        answers: ``trigger``, ``control``, ``cells`` (one row of counts a cell) and ``reference`` (the same of a reference model, or
-            null), all with blinded classes; ``natural`` and
-            ``natural_labels`` as they are.
+        answers: ``trigger``, ``control``, ``cells`` (one row of counts a cell) and ``reference`` (the same of a reference model, added up
+            over several, or null), all with blinded classes; ``natural`` and ``natural_labels`` as they are.
         verdict: ``Verdict.to_dict()``.
         versions: ``package``, ``torch``, ``lightning`` and ``python``.
         created: UTC time, ISO 8601. Only it and its seal differ between two runs of the same verification.
@@ -164,10 +109,11 @@ class Evidence:
             null_statistics: What ``judge`` was given.
             labels: How the suspect's answers were translated into classes, if they were.
         """
-        classes, columns, order = _blinding(key, responses.seed, responses.counts)
+        blinding = Blinding.of(key, responses.seed, *responses.counts.shape)
+        known = responses.reference
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "created": now(),
             "key": {name: getattr(key, name) for name in ("drawn_uniformly", "num_classes")}
             | {"commitment": key.commitment()},
             "model": {"sha256": model_sha256},
@@ -180,25 +126,17 @@ class Evidence:
                 "labels": None if labels is None else labels.to_dict(),
             },
             "verdict": verdict.to_dict(),
-            "versions": {
-                "package": __version__,
-                "torch": str(torch.__version__),
-                "lightning": lightning.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "answers": {
-                "trigger": classes[responses.trigger].tolist(),
-                "control": classes[responses.control].tolist(),
-                # column c of the file is the class that is named c, or of many classes in an order of its own; row r is cell order[r]
-                "cells": responses.counts[order][:, columns.argsort()].tolist(),
-                "reference": None
-                if responses.reference is None
-                else responses.reference[order][:, columns.argsort()].tolist(),
+                "trigger": blinding.hide_labels(responses.trigger).tolist(),
+                "control": blinding.hide_labels(responses.control).tolist(),
+                "cells": blinding.hide_table(responses.counts).tolist(),
+                "reference": None if known is None else blinding.hide_table(known).tolist(),
                 "natural": responses.natural.tolist(),
                 "natural_labels": responses.natural_labels.tolist(),
             },
         }
-        return cls(**content, seal=_seal(content, key))
+        return cls(**content, seal=seals(content, key))
 
     def save(self, path: str | Path) -> Path:
         """Writes the evidence as JSON, atomically.
@@ -271,7 +209,7 @@ class Evidence:
         if len(text) > MAX_EVIDENCE_BYTES:
             raise EvidenceError(f"{name} is larger than {MAX_EVIDENCE_BYTES} bytes; this is not evidence of ours.")
         try:
-            content = json.loads(text.decode(), parse_float=finite, parse_constant=finite)
+            content = json.loads(text.decode(), parse_float=finite, parse_constant=finite, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             raise EvidenceError(f"{name} is not evidence: it is not valid JSON ({error}).") from error
         try:
@@ -303,7 +241,7 @@ class Evidence:
                     f"key.{name} differs: the evidence says something else of the key than the key itself."
                 )
         content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seal"}
-        expected = _seal(content, key)
+        expected = seals(content, key)
         changed = [
             name for name in sorted(expected.keys() | self.seal.keys()) if expected.get(name) != self.seal.get(name)
         ]
@@ -329,8 +267,7 @@ class Evidence:
         cells, shape = plan.cells, (len(plan.cells), plan.width)
         counts = torch.tensor(self.answers["cells"], dtype=torch.int64)
         labels = {name: torch.tensor(self.answers[name], dtype=torch.int64) for name in LABELLED}
-        classes, columns, order = _blinding(key, seed, torch.empty(shape))
-        named = classes.argsort()
+        blinding = Blinding.of(key, seed, *shape)
         known = self.answers["reference"]
         reference = None if known is None else torch.tensor(known, dtype=torch.int64)
         for name, table in (("cells", counts), ("reference", reference)):
@@ -339,15 +276,15 @@ class Evidence:
             if table is not None and tuple(table.shape) != shape:
                 raise ValueError(f"answers.{name} must have {shape[1]} columns, got {tuple(table.shape)[1:]}.")
         return Responses(
-            trigger=named[labels["trigger"]],
-            control=named[labels["control"]],
+            trigger=blinding.reveal_labels(labels["trigger"]),
+            control=blinding.reveal_labels(labels["control"]),
             cells=cells,
-            counts=counts[order.argsort()][:, columns],
+            counts=blinding.reveal_table(counts),
             natural=labels["natural"],
             natural_labels=labels["natural_labels"],
             decoys=decoys,
             seed=seed,
-            reference=None if reference is None else reference[order.argsort()][:, columns],
+            reference=None if reference is None else blinding.reveal_table(reference),
         )
 
 
@@ -366,19 +303,6 @@ def check_evidence(path: str | Path, key: WatermarkKey) -> Verdict:
             message names the fields that differ.
     """
     return Evidence.load(path).check(key)
-
-
-def _seal(content: Mapping[str, Any], key: WatermarkKey) -> dict[str, str]:
-    """Returns an HMAC of each field, one level deep, so that a change can be named."""
-    leaves: dict[str, Any] = {}
-    for name, section in content.items():
-        parts = section.items() if isinstance(section, Mapping) else [("", section)]
-        leaves |= {f"{name}.{part}".rstrip("."): value for part, value in parts}
-    secret = f"meadef_lightning evidence {SCHEMA_VERSION} {key.salt}".encode()
-    return {
-        path: hmac.new(secret, _canonical([path, value]), hashlib.sha256).hexdigest()
-        for path, value in sorted(leaves.items())
-    }
 
 
 def _coarse(values: Mapping[str, Any]) -> dict[str, Any]:

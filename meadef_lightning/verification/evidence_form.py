@@ -28,6 +28,14 @@ def finite(text: str) -> float:
     return value
 
 
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a JSON object; raises ``ValueError`` where a name occurs twice, of which every reader may take another one."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("an object has two members of the same name")
+    return content
+
+
 def listed(names: Sequence[str]) -> str:
     """Lists names that may be a stranger's, without characters that a terminal obeys."""
     return ", ".join(ascii(name)[1:-1] for name in names)[:500]
@@ -108,9 +116,10 @@ def check_form(content: Any) -> None:
     fits, what = _FORM["schema_version"]  # first: evidence of another version may well have other fields
     if "schema_version" in content and not fits(content["schema_version"]):
         raise EvidenceError(f"schema_version must be {what}.")
-    found = {name for name in content if name not in sections}
-    found |= {f"{name}.{part}" for name in sections for part in content[name]}
-    if wrong := sorted(found ^ _FORM.keys()):
+    whole = {path for path in _FORM if "." not in path}
+    wrong = sorted((content.keys() - sections) ^ whole)  # by themselves: a name may hold a dot
+    wrong += sorted({f"{name}.{part}" for name in sections for part in content[name]} ^ (_FORM.keys() - whole))
+    if wrong:
         raise EvidenceError(f"missing or unknown fields: {listed(wrong)}.")
     for path, (fits, what) in _FORM.items():
         section, _, part = path.partition(".")

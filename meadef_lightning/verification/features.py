@@ -3,21 +3,15 @@
 **Source.** Feature-space half of the watermark (MEA-Defender, S&P 2024, Eq. 6–8: watermark samples lie where the target class lies), judged
 by the same decoy-key randomisation test as a classifier (`meadef_lightning.verification.decoys.DecoyTable`).
 
-**Algorithm.** 1. Ask the verification samples as they are; subtract the mean of the classes' means ``m`` from every feature, here and
-below; ``u_t`` is the direction of class ``t``'s mean. 2. Ask ``decoy_samples`` composites of every cell (source a, source b, way c): ``S[a,b,c][t]`` is
-their mean cosine to ``u_t``; one product of a table (cells, D) with (D, classes) gives all. 3. A key's statistic is a
-classifier's with ``S`` for its shares of answers (:func:`~meadef_lightning.verification.scores.key_scores`): the key's cell above its matched
-controls, ``S[a,b,c][t] − mean over c' ≠ c of S[a,b,c'][t]``, weighed with what neighbouring keys gain. 4. The rank of the true key among its
-decoys is the p-value. Beside it, triggers and their matched controls are compared pair by pair (exact sign test). Both must hold for
-*supported*.
+**Algorithm.** 1. Ask the verification samples as they are: their means say where the classes lie. 2. Ask ``decoy_samples`` composites of every cell
+(source a, source b, way c), and assign each softly to the classes (`meadef_lightning.verification.assignments`, which also says why);
+``S[a,b,c][t]`` is the mean share of class ``t`` in the cell. 3. A key's statistic is a classifier's with ``S`` for its shares of answers
+(:func:`~meadef_lightning.verification.scores.key_scores`): the key's cell above its matched controls, ``S[a,b,c][t] − mean over c' ≠ c of
+S[a,b,c'][t]``, weighed with what neighbouring keys gain. 4. The rank of the true key among its decoys is the p-value. Beside it, triggers and their
+matched controls are compared pair by pair (exact sign test on their cosines to the target). Both must hold for *supported*.
 
-**Cost.** As for a classifier (`VerificationDataModule`), and the verification split once more. Features are summed up by cell as they
-arrive, so memory stays at (cells, D).
-
-**Defaults.** Centring is ours and has no switch: encoders with a ReLU at the end keep all features in one orthant, and a thief could hide every
-cosine behind a large constant that costs his customers nothing. The neighbours' weight is a classifier's and was not fitted to features; on
-digits (`experiments/digits/simclr.yaml` without tilt, one key, three seeds, above a reference encoder) the own cell alone gave the watermarked
-encoders p = 0.0014, 0.0047 and 0.0019, with the neighbours they get 0.0003, 0.0003 and 0.0002; the nine independent ones have p ≥ 0.13 and ≥ 0.22.
+**Cost.** As for a classifier (`VerificationDataModule`), and the verification split once more. Assignments are summed up by cell as they
+arrive, so memory stays at (cells, classes).
 
 **Camouflage.** A black box is asked in one secret order (:mod:`~meadef_lightning.verification.camouflage`), after the verification samples as they
 are: these are natural samples of all classes, whatever the key. What fills its batches up is repeated from them.
@@ -30,22 +24,22 @@ a classifier does: a reference encoder, trained without regard to the key, makes
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meadef_lightning.data.stored import batches
 from meadef_lightning.verification import statistics
-from meadef_lightning.verification.callback import Queryable
+from meadef_lightning.verification.assignments import class_directions, class_shares, cosines
 from meadef_lightning.verification.camouflage import CamouflagedDataModule
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
 from meadef_lightning.verification.decoys import DecoyTable
+from meadef_lightning.verification.suspect import Queryable
 from meadef_lightning.verification.verdict import Decision, at_most, check_plan
 from meadef_lightning.watermark.key import WatermarkKey
 
@@ -53,30 +47,13 @@ _LEANING = 0.01  # as for a classifier
 _TIE = 1e-9
 
 
-def class_directions(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Where the classes lie, seen from their common middle.
-
-    Args:
-        features: Natural samples' features, float64, shape ``(N, D)``.
-        labels: Their classes, int64, shape ``(N,)``; every class must occur.
-        num_classes: Number of classes.
-
-    Returns:
-        The middle, mean of the classes' means, shape ``(D,)``, and the unit direction of each class's mean from there, ``(classes, D)``.
-    """
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
-    means = sums / torch.bincount(labels, minlength=num_classes)[:, None]
-    middle = means.mean(0)
-    return middle, F.normalize(means - middle, dim=1)
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureAnswers:
     """What a suspect's features say about one key's questions. It tells the key, so it stays with whoever holds that.
 
     Args:
-        scores: Mean cosine of each cell's composites to each class, float64, ``(cells, classes)``, in the order of ``DecoyTable.cells``
-            and ``DecoyTable.targets``.
+        scores: Mean share of each class in each cell's composites, float64, ``(cells, classes)``, in the order of
+            ``DecoyTable.cells`` and ``DecoyTable.targets``.
         trigger: Cosines of the watermark samples to the target class, float64, ``(n,)``.
         control: Cosines of their matched controls, ``(n,)``.
         natural_accuracy: Share of test samples that lie nearest to their own class.
@@ -101,7 +78,7 @@ class FeatureVerdict:
         reason: Why, in one sentence.
         alpha: The pre-registered level.
         samples: Triggers, and as many controls.
-        statistic: The key's statistic, in ``[-2, 2]``; with a reference, above that encoder's, in ``[-4, 4]``.
+        statistic: The key's statistic, in ``[-1, 1]``; with a reference, above that encoder's, in ``[-2, 2]``.
         p_value: Its rank among the decoy keys' statistics.
         decoys: Number of keys compared with.
         decoy_method: ``"enumerated"`` (all other keys) or ``"sampled"``.
@@ -159,25 +136,25 @@ def feature_answers(suspect: nn.Module | Queryable, questions: VerificationDataM
         middle, directions = class_directions(
             torch.cat([ask(part) for part in batches(x, questions.batch_size)]), labels.cpu(), classes
         )
-        sums = torch.zeros(pairs * ways, len(middle), dtype=torch.float64)
-        cosines, nearest = torch.zeros(sum(sizes), dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.int64)
+        targets = questions.table.targets
+        scores = torch.zeros(pairs * ways, len(targets), dtype=torch.float64)
+        aimed, nearest = torch.zeros(sum(sizes), dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.int64)
         first, last = sum(sizes[:2]), sum(sizes[:3])  # the decoys' places
         for samples, place in _asked(questions):
-            units = F.normalize(ask(samples) - middle, dim=1)
-            kept = place < len(cosines)  # filler is beyond
-            cosines[place[kept]] = units[kept] @ directions[target]
+            towards = cosines(ask(samples), middle, directions)
+            kept = place < len(aimed)  # filler is beyond
+            aimed[place[kept]] = towards[kept, target]
             natural = kept & (place >= last)
-            nearest[place[natural]] = (units[natural] @ directions.T).argmax(1)
+            nearest[place[natural]] = towards[natural].argmax(1)
             decoy = (place >= first) & (place < last)
             group = (place[decoy] - first) // each  # planned way by way, kept pair by pair
-            sums.index_add_(0, group % pairs * ways + group // pairs, units[decoy])
+            shares = class_shares(towards[decoy])[:, targets]
+            scores.index_add_(0, group % pairs * ways + group // pairs, shares)
     if isinstance(questions, CamouflagedDataModule):
-        questions.repeat(cosines)
-    trigger, control = torch.split(cosines[:first], sizes[:2])
+        questions.repeat(aimed)
+    trigger, control = torch.split(aimed[:first], sizes[:2])
     hit = nearest[last:] == questions.natural[1].cpu()
-    return FeatureAnswers(
-        sums / each @ directions[questions.table.targets].T, trigger, control, float(hit.double().mean())
-    )
+    return FeatureAnswers(scores / each, trigger, control, float(hit.double().mean()))
 
 
 def _asked(questions: VerificationDataModule) -> Iterator[tuple[Tensor, Tensor]]:
@@ -192,25 +169,33 @@ def _asked(questions: VerificationDataModule) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def judge_features(
-    answers: FeatureAnswers, table: DecoyTable, reference: FeatureAnswers | None = None, alpha: float = 1e-3
+    answers: FeatureAnswers,
+    table: DecoyTable,
+    reference: FeatureAnswers | Sequence[FeatureAnswers] | None = None,
+    alpha: float = 1e-3,
 ) -> FeatureVerdict:
     """Judges an encoder by its answers; nothing is asked.
 
     Args:
         answers: The suspect's answers.
         table: The key, and the keys that it is compared with.
-        reference: Answers of a reference encoder to the same questions.
+        reference: Answers of a reference encoder, or of several, to the same questions; of several the mean is subtracted.
         alpha: Level, fixed before the suspect was asked; in ``(0, 1)``.
 
     Raises:
-        ValueError: If ``alpha`` is out of range, or the answers do not belong to the table.
+        ValueError: If ``alpha`` is out of range, the sequence is empty, or the answers do not belong to the table.
     """
     check_plan(alpha, None)
-    if reference is not None and reference.scores.shape != answers.scores.shape:
+    known = [] if reference is None else [reference] if isinstance(reference, FeatureAnswers) else list(reference)
+    if reference is not None and not known:
+        raise ValueError("There is no reference encoder in the sequence given; give None to judge without one.")
+    if any(one.scores.shape != answers.scores.shape for one in known):
         raise ValueError(
             "The reference was asked other questions than the suspect; use the same key and options for both."
         )
-    scores = answers.scores if reference is None else answers.scores - reference.scores
+    scores = answers.scores
+    if known:
+        scores = scores - torch.stack([one.scores for one in known]).mean(0)
     statistic, decoys = table.score_statistics(scores)
     p_value, smallest_p = statistics.randomisation_p_value(statistic, decoys), 1 / (len(decoys) + 1)
     ahead = answers.trigger - answers.control
@@ -243,7 +228,7 @@ def feature_verdict(
     model: nn.Module | Queryable,
     key: WatermarkKey,
     data: SourceData,
-    reference: nn.Module | Queryable | FeatureAnswers | None = None,
+    reference: nn.Module | Queryable | FeatureAnswers | Sequence[FeatureAnswers] | None = None,
     *,
     samples: int = 512,
     decoys: int = 9999,
@@ -258,7 +243,7 @@ def feature_verdict(
         model: The suspect, see :func:`feature_answers`.
         key: The key.
         data: Data module of the task.
-        reference: An encoder that was trained without regard to the key, or its answers to the same questions.
+        reference: An encoder that was trained without regard to the key, or its answers to the same questions, or those of several.
         samples: See :class:`~meadef_lightning.verification.datamodule.VerificationDataModule`, as the next four.
         decoys: Keys to compare with.
         decoy_samples: Composites of each cell.
@@ -276,7 +261,7 @@ def feature_verdict(
         kind = VerificationDataModule if isinstance(suspect, nn.Module) else CamouflagedDataModule
         return feature_answers(suspect, kind(key, data, samples, decoys, decoy_samples, seed, batch_size))
 
-    if reference is not None and not isinstance(reference, FeatureAnswers):
+    if isinstance(reference, nn.Module | Queryable):
         reference = asked(reference)
     return judge_features(asked(model), DecoyTable(key, decoys, seed), reference, alpha)
 

@@ -31,6 +31,7 @@ MEMBERS = {
 }
 """The files of a bundle and the most bytes of each, in the order in which a zip holds them."""
 _END = struct.Struct("<4s4H2LH")  # a zip's end record, without a comment
+_LOCATOR = b"PK\6\7", 20  # begins what leads a reader to another end record, of a large zip; how long it is
 _MAX_DIRECTORY = 4096
 MAX_BUNDLE_BYTES = sum(MEMBERS.values()) + (1 << 16)
 
@@ -55,7 +56,8 @@ def unpack(data: bytes) -> dict[str, bytes]:
     """
     files: dict[str, bytes] = {}
     end = _END.unpack(data[-_END.size :]) if len(data) >= _END.size else (b"",) * 8
-    if end[0] != b"PK\5\6" or end[5] > _MAX_DIRECTORY:
+    large = data[-_END.size - _LOCATOR[1] :].startswith(_LOCATOR[0])
+    if end[0] != b"PK\5\6" or end[5] > _MAX_DIRECTORY or large:
         # a list of millions of members would fill the memory before the first name is looked at
         raise EvidenceError(
             "The bundle is not a readable zip file: it does not end with the short list of members of a bundle."

@@ -7,8 +7,9 @@ import hmac
 
 from meadef_lightning.data.stored import read_split
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
-from meadef_lightning.verification.evidence import Evidence, tensors_fingerprint
+from meadef_lightning.verification.evidence import Evidence
 from meadef_lightning.verification.evidence_form import EvidenceError
+from meadef_lightning.verification.fingerprints import tensors_fingerprint
 from meadef_lightning.watermark.key import WatermarkKey
 
 _BATCH = 512

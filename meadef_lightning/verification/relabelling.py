@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from meadef_lightning.verification.callback import INVALID, Queryable, answered_labels
 from meadef_lightning.verification.labels import MOST_LABELS, LabelMap, align_labels
+from meadef_lightning.verification.suspect import INVALID, Queryable, answered_labels
 
 
 class RelabelledModule(nn.Module):

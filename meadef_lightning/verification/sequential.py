@@ -38,9 +38,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 from torch import Tensor, nn
 
-from meadef_lightning.verification.callback import INVALID, OutputKey, Queryable, SuspectModule, answered_labels
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
 from meadef_lightning.verification.decoys import seeded_permutation
+from meadef_lightning.verification.suspect import INVALID, OutputKey, Queryable, SuspectModule, answered_labels
 from meadef_lightning.watermark.key import WatermarkKey
 
 _MOST_DECOYS = 999
@@ -59,7 +59,7 @@ def log_e_value(only_trigger: ArrayLike, only_control: ArrayLike, prior: tuple[f
         Natural logarithms, float64, same shape; 0 before the first discordant pair.
 
     Raises:
-        ValueError: If a count is negative, or the prior is not positive.
+        ValueError: If a count is negative, the prior is not positive, or leaves hardly any weight to rates above one half.
     """
     s, f = np.asarray(only_trigger, dtype=np.float64), np.asarray(only_control, dtype=np.float64)
     if min(s.min(initial=0), f.min(initial=0)) < 0 or not (min(prior) > 0 and math.isfinite(sum(prior))):
@@ -70,6 +70,10 @@ def log_e_value(only_trigger: ArrayLike, only_control: ArrayLike, prior: tuple[f
             return special.betaln(a, b) + np.log(special.betainc(b, a, 0.5))
 
     a, b = (np.asarray(value, dtype=np.float64) for value in prior)
+    if not np.isfinite(log_mass(a, b)):
+        raise ValueError(
+            f"prior={prior} leaves no weight to rates above one half, on which alone is bet; (1, 1) is uniform."
+        )
     return (s + f) * math.log(2) + log_mass(a + s, b + f) - log_mass(a, b)
 
 

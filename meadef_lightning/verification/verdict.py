@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from meadef_lightning.verification import statistics
 from meadef_lightning.verification.decoys import DecoyTable
+from meadef_lightning.verification.responses import Responses
 from meadef_lightning.watermark.key import WatermarkKey
 
 Decision = Literal["supported", "inconclusive", "not supported"]
@@ -28,84 +28,6 @@ _NOT_DRAWN = (
     "The answers look like the key's watermark, but the key was not drawn, so that how it ranks among other keys does not tell how often "
     "an innocent is accused ({}). Draw a key with `meadef key draw`, commit to it, and embed that one."
 )
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Responses:
-    """All answers of one suspect, as class labels. Raw answers tell the key, so this stays with whoever holds it.
-
-    Args:
-        trigger: Answers to the watermark samples, int64, shape ``(n,)``.
-        control: Answers to their matched controls, int64, shape ``(n,)``.
-        cells: Source a, source b and combining way of each cell, int64, shape ``(cells, 3)``, sorted (``DecoyTable.cells``).
-        counts: How often each cell was answered with each class, int64, shape ``(cells, classes)``; of many classes those that
-            ``DecoyTable.columns`` tells apart.
-        natural: Answers to natural test samples, int64, shape ``(N,)``.
-        natural_labels: Their true classes, int64, shape ``(N,)``.
-        decoys: Number of decoy keys wanted.
-        seed: The verifier's seed.
-        reference: ``counts`` of a reference model that was asked the same, or their sum over several; see :meth:`DecoyTable.statistics`.
-    """
-
-    trigger: Tensor
-    control: Tensor
-    cells: Tensor
-    counts: Tensor
-    natural: Tensor
-    natural_labels: Tensor
-    decoys: int
-    seed: int
-    reference: Tensor | None = None
-
-    def __repr__(self) -> str:
-        """Shows sizes only: the answers to triggers, in a log or traceback, would give the target away."""
-        return f"Responses({len(self.trigger)} triggers, {len(self.cells)} cells, {len(self.natural)} natural samples)"
-
-    def check(self, key: WatermarkKey) -> DecoyTable:
-        """Checks that the answers belong to this key's questions, and returns the comparison that was asked for.
-
-        Raises:
-            ValueError: If shapes, types or ranges are wrong, or the cells are not the ones that this key and seed need.
-        """
-        table = DecoyTable(key, self.decoys, self.seed)
-        for name in ("trigger", "control", "natural", "natural_labels"):
-            labels: Tensor = getattr(self, name)
-            if labels.ndim != 1 or labels.dtype != torch.int64 or len(labels) == 0:
-                raise ValueError(
-                    f"{name} must be int64 of shape (n,) with n >= 1, got {labels.dtype} {tuple(labels.shape)}."
-                )
-            if int(labels.min()) < 0 or int(labels.max()) >= key.num_classes:
-                raise ValueError(f"{name} holds answers outside 0 to {key.num_classes - 1}.")
-        for first, second in (("trigger", "control"), ("natural", "natural_labels")):
-            if len(getattr(self, first)) != len(getattr(self, second)):
-                raise ValueError(
-                    f"{first} and {second} must be equally long, got {len(getattr(self, first))} and {len(getattr(self, second))}."
-                )
-        if not torch.equal(self.cells, table.cells):
-            raise ValueError("The cells are not the ones that this key, number of decoys and seed ask for.")
-        return table
-
-
-def with_reference(responses: Responses, reference: Responses | Sequence[Responses] | None) -> Responses:
-    """Puts the answers of a reference model, or of several, beside a suspect's.
-
-    Of several the answers are added up: the statistic is linear, so what is subtracted from it then is the mean of theirs.
-
-    Raises:
-        ValueError: If they were not all asked the same, or the sequence is empty.
-    """
-    if reference is None:
-        return responses
-    known = [reference] if isinstance(reference, Responses) else list(reference)
-    if not known:
-        raise ValueError("There is no reference model in the sequence given; give None to judge without one.")
-    for one in known:
-        same = torch.equal(responses.cells, one.cells) and responses.seed == one.seed
-        if not same or not torch.equal(responses.counts.sum(1), one.counts.sum(1)):
-            raise ValueError(
-                "The reference was asked other questions than the suspect; verify both with the same key and options."
-            )
-    return replace(responses, reference=torch.stack([one.counts for one in known]).sum(0))
 
 
 @dataclass(frozen=True)
@@ -126,8 +48,8 @@ class Verdict:
         only_control: Pairs in which only the control was.
         mcnemar_p: Exact one-sided p-value of these two numbers.
         statistic: The key's statistic T₀ from the cell table (:mod:`~meadef_lightning.verification.scores`): success above matched
-            controls, weighed with its neighbours', in ``[-1, 1]``; with a reference model, above that model's, in ``[-2, 2]``.
-        reference: Whether a reference model's statistics were subtracted.
+            controls, weighed with its neighbours', in ``[-1, 1]``; with reference models, above theirs, in ``[-2, 2]``.
+        reference: Whether statistics of reference models were subtracted; of several, the notes say how many.
         decoy_p: Randomisation p-value of T₀.
         decoys: Number of keys compared with.
         decoy_method: ``"enumerated"`` (all other keys) or ``"sampled"``.
@@ -245,7 +167,7 @@ def judge(
     return Verdict(
         verdict=decision,
         reason=reason,
-        notes=_notes(table, nulls, responses.reference is not None),
+        notes=_notes(table, nulls, responses.references),
         alpha=alpha,
         samples=n,
         wsr=hits / n,
@@ -319,12 +241,13 @@ def _decide(
     )
 
 
-def _notes(table: DecoyTable, nulls: Sequence[float] | None, reference: bool) -> tuple[str, ...]:
+def _notes(table: DecoyTable, nulls: Sequence[float] | None, references: int) -> tuple[str, ...]:
     notes = []
-    if reference:
-        notes.append(
-            "Every key's statistic is above that of a reference model, which must have been trained without regard to the key."
+    if references:
+        above = (
+            "that of a reference model" if references == 1 else f"the mean of those of {references} reference models"
         )
+        notes.append(f"Every key's statistic is above {above}, which must have been trained without regard to the key.")
     if table.exact:
         notes.append(
             "The decoy-key p-value is exact if the key was drawn once, from a secret or beacon fixed before; trying G secrets until "

@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from meadef_lightning.modes import evaluation_mode
 from meadef_lightning.victims.encoder import Encoder
 from meadef_lightning.victims.supervised import SupervisedVictim
 from meadef_lightning.watermark.callback import WatermarkCallback
@@ -41,14 +42,9 @@ def encode(encoder: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
         x: Samples, ``(N, C, H, W)``.
         batch_size: Samples a forward.
     """
-    training = [module for module in encoder.modules() if module.training]
     device = next((p.device for p in encoder.parameters()), x.device)
-    encoder.eval()
-    try:
+    with evaluation_mode(encoder):
         return torch.cat([encoder(part.to(device)).to(x.device) for part in torch.split(x, batch_size)]).flatten(1)
-    finally:
-        for module in training:
-            module.training = True
 
 
 def fit_head(

@@ -75,6 +75,11 @@ class NetworkModule(LightningModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
 
+    @property
+    def has_factory(self) -> bool:
+        """Whether the network is made by a factory, which can make another one, and was not given ready."""
+        return self._factory is not None
+
     def data_sizes(self) -> dict[str, Any]:
         """Returns the sizes that the Trainer's data module tells, ``None`` for those it does not."""
         data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)

@@ -66,7 +66,7 @@ class SimCLRVictim(Encoder):
         views: Makes two views of a batch of images: ``x -> (x0, x1)``.
         temperature: Temperature of NT-Xent, positive.
         projection_head: Maps ``(B, feature_dim)`` to the space of the loss; lightly's ``SimCLRProjectionHead`` by default.
-        gather_distributed: Whether the views of all processes are one another's negatives.
+        gather_distributed: Whether the views of all processes that train are one another's negatives.
         watermark: Callback that embeds a key into the features
             (:class:`~meadef_lightning.watermark.feature_callback.FeatureWatermarkCallback`); the module hands it to the Trainer.
 
@@ -104,6 +104,7 @@ class SimCLRVictim(Encoder):
         self.projection_head = (
             SimCLRProjectionHead(feature_dim, feature_dim, 64) if projection_head is None else projection_head
         )
+        self.gather_distributed = gather_distributed
         self.criterion = NTXentLoss(temperature, gather_distributed=gather_distributed)
         self.watermark = watermark
 
@@ -111,6 +112,12 @@ class SimCLRVictim(Encoder):
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Hands the watermark's callback to the Trainer; Lightning lets it replace one that is there already."""
         return [] if self.watermark is None else [self.watermark]
+
+    @override
+    def on_train_start(self) -> None:
+        """Lets the loss gather views only where several processes train: lightly would wait for others that do not."""
+        super().on_train_start()
+        self.criterion.gather_distributed = self.gather_distributed and self.trainer.world_size > 1
 
     def make_views(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Returns two views of each image of a batch: those that it comes with, or new ones.

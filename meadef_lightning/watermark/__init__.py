@@ -10,9 +10,10 @@ write ``training_step`` themselves. ``README.md`` in this directory shows what e
 from meadef_lightning.watermark.autoencoder import AutoencoderBlend
 from meadef_lightning.watermark.balancing import MGDA, Balancing, Fixed, LastLayerMGDA
 from meadef_lightning.watermark.callback import WatermarkCallback
+from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS, CombinerSpec
 from meadef_lightning.watermark.combiners import Band, Combiner, CropPaste, Diagonal, Donut, PixelBlend, Stripes
 from meadef_lightning.watermark.feature_callback import FeatureWatermarkCallback
-from meadef_lightning.watermark.key import DEFAULT_COMBINERS, CombinerSpec, KeySpace, WatermarkKey
+from meadef_lightning.watermark.key import KeySpace, WatermarkKey
 from meadef_lightning.watermark.losses import combination_loss, evasion_loss, verification_loss
 from meadef_lightning.watermark.mixin import WatermarkLossMixin
 from meadef_lightning.watermark.objective import WatermarkObjective

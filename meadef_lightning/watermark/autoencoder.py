@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meadef_lightning.random_state import kept_random_state
+from meadef_lightning.watermark.combiner_spec import CombinerSpec
 from meadef_lightning.watermark.combiners import Combiner
-from meadef_lightning.watermark.key import CombinerSpec
 
 
 class AutoencoderBlend(Combiner):
@@ -121,7 +122,8 @@ class AutoencoderBlend(Combiner):
         """
         if images.ndim != 4 or images.shape[1] != self.in_channels or len(images) == 0:
             raise ValueError(f"fit needs (N, {self.in_channels}, H, W) images with N > 0, got {tuple(images.shape)}.")
-        with torch.random.fork_rng(), torch.enable_grad():
+        device = next(self.parameters()).device
+        with kept_random_state(device), torch.enable_grad():
             torch.manual_seed(seed)
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
@@ -130,7 +132,7 @@ class AutoencoderBlend(Combiner):
             optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             for _ in range(steps):
-                batch = images[torch.randint(len(images), (batch_size,))].to(next(self.parameters()).device)
+                batch = images[torch.randint(len(images), (batch_size,))].to(device)
                 loss = F.mse_loss(self.reconstruct(batch), batch)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call, unused-ignore]

@@ -11,7 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch._functorch import config as functorch_config
 
 Terms = Mapping[str, Tensor]
 
@@ -69,12 +73,20 @@ class Fixed(Balancing):
         return task_loss + sum((self.weights[name] * value for name, value in terms.items()), task_loss.new_zeros(()))
 
 
+def _processes(module: nn.Module) -> int:
+    """How many processes train a module together: its Trainer's, which may be one alone among others, or without a Trainer all there are."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    trainer = getattr(module, "_trainer", None)
+    return torch.distributed.get_world_size() if trainer is None else int(trainer.world_size)
+
+
 class MGDA(Balancing):
     """The paper's rule (Eq. 9–11): the convex combination of smallest gradient norm.
 
     ``α1·task + α2·(ver·L_ver + com·L_com) + α3·eva·L_eva`` with ``α = argmin ‖Σ αᵢ∇lᵢ‖²``, ``α ≥ 0``, ``Σα = 1`` (Désidéri 2012;
     Sener & Koltun 2018). The solver is TorchJD's ``MGDAWeighting`` on the Gramian of the gradients. Under DDP the gradients
-    are averaged over the ranks first, so that every rank finds the same weights.
+    are averaged over the Trainer's ranks first, so that every rank finds the same weights.
 
     Args:
         ver: Weight β2 of the verification loss inside the watermark loss, above 0.
@@ -143,9 +155,9 @@ class MGDA(Balancing):
                     )
                 )
             matrix = torch.stack(rows) / scale
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if (together := _processes(module)) > 1:
                 torch.distributed.all_reduce(matrix)
-                matrix /= torch.distributed.get_world_size()
+                matrix /= together
             # on the CPU: the solver looks at values all the time, so wait for the device only once
             gramian = (matrix @ matrix.T).cpu()
             if self.normalize != "none":
@@ -204,3 +216,28 @@ class LastLayerMGDA(MGDA):
         if not parameters:
             raise ValueError(f"The layer {name!r} has no trained parameters to balance on; name another with layer=….")
         return parameters
+
+
+def check_gradients(balancing: Balancing, strategy: Strategy, module: nn.Module) -> None:
+    """Refuses a set-up in which ``balancing`` cannot take the gradients it needs.
+
+    Raises:
+        MisconfigurationException: If ``strategy`` shards the gradients, or ``module`` is compiled in a way that allows one backward
+            pass only, which would else come out when the watermark's turn comes.
+    """
+    if not balancing.needs_gradients:
+        return
+    name = type(balancing).__name__
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"{name} needs whole gradients, which {type(strategy).__name__} shards. Use balancing=Fixed(...) with this strategy."
+        )
+    marks = ("_compiled_call_impl", "_compiler_ctx")  # of module.compile() and of Trainer.fit(torch.compile(module))
+    if getattr(functorch_config, "donated_buffer", False) and any(
+        isinstance(layer, OptimizedModule) or any(getattr(layer, mark, None) is not None for mark in marks)
+        for layer in module.modules()
+    ):
+        raise MisconfigurationException(
+            f"{name} needs several backward passes over one graph, but this module is compiled, and torch.compile gives buffers away "
+            "in the first. Set torch._functorch.config.donated_buffer = False before the training, or use balancing=Fixed(...)."
+        )

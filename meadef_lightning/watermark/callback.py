@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from typing_extensions import override
 
-from meadef_lightning.watermark.balancing import Balancing
-from meadef_lightning.watermark.batches import Key, pick
+from meadef_lightning.watermark.balancing import Balancing, check_gradients
+from meadef_lightning.watermark.batches import Key
+from meadef_lightning.watermark.batchnorm import BatchNormFreezer, BatchNormMode
 from meadef_lightning.watermark.key import WatermarkKey
-from meadef_lightning.watermark.objective import (
-    BatchNormMode,
-    WatermarkObjective,
-    check_gradients,
-    combine_in_turn,
-    gather_states,
-    restore_state,
-)
+from meadef_lightning.watermark.measuring import Measuring, place, refusing
+from meadef_lightning.watermark.objective import WatermarkObjective, gather_states, restore_state
 from meadef_lightning.watermark.pool import SourcePool
 from meadef_lightning.watermark.schedule import Schedule
 from meadef_lightning.watermark.wrapping import MethodWrapper, visible_signature
 
 
-@contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        raise MisconfigurationException(f"The watermark cannot use {what}. {error}") from error
-
-
-class WatermarkCallback(Callback):
+class WatermarkCallback(Measuring):
     """Embeds a key while an unmodified LightningModule trains: ``Trainer(callbacks=[WatermarkCallback(key)])``.
 
     The module's ``training_step`` is wrapped for the duration of ``fit``: the wrapper runs it, forwards a few combined samples
@@ -48,7 +33,8 @@ class WatermarkCallback(Callback):
     is registered on the module, so its checkpoints load without this package. The learning-rate and the batch-size finder
     see the terms in every step, whatever the schedule.
 
-    It logs ``watermark/{loss,ver,com,eva}`` in training and ``watermark/{wsr,wfpr}`` on validation data (first loader).
+    It logs ``watermark/{loss,ver,com,eva,tilt}`` in training and ``watermark/{wsr,wfpr}`` on validation data (first loader). Several keys go
+    into one model by as many callbacks, each under a name of its own (:meth:`named`).
 
     Args:
         key: The key, or the path of its file.
@@ -85,6 +71,7 @@ class WatermarkCallback(Callback):
     """
 
     answers = "logits"
+    needed = "the key's source classes"
 
     def __init__(
         self,
@@ -105,10 +92,9 @@ class WatermarkCallback(Callback):
         output_key: Key | None = None,
         manual_optimization: bool = False,
     ) -> None:
-        super().__init__()
-        self.key = key if isinstance(key, WatermarkKey) else WatermarkKey.load(key)
+        key = key if isinstance(key, WatermarkKey) else WatermarkKey.load(key)
+        super().__init__(key, input_key, target_key, output_key, buffer_size)
         self.schedule = Schedule(start, stop, every_n_steps)
-        self.input_key, self.target_key, self.output_key = input_key, target_key, output_key
         self.manual_optimization = manual_optimization
         self._options: dict[str, Any] = {
             "samples": samples,
@@ -121,16 +107,16 @@ class WatermarkCallback(Callback):
             "pool": pool,
         }
         self.objective = self._objective()
-        self._validation_pool = SourcePool(self.key.source_classes, buffer_size)
         self._trainer: Trainer | None = None
+        self._world_size = 1
         self._wrapper = MethodWrapper()
-        self._frozen: list[_BatchNorm] = []
+        self._batchnorm = BatchNormFreezer()
         self._restored: Mapping[str, Any] | None = None
-        self._due = self._ready = self._waiting = self._measuring = self._statistics_checked = False
+        self._due = self._ready = self._waiting = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the Trainer out of copies."""
-        return {**self.__dict__, "_trainer": None, "_frozen": []}
+        return {**self.__dict__, "_trainer": None}
 
     def _objective(self, rank: int = 0) -> WatermarkObjective:
         return WatermarkObjective(self.key, **self._options, rank=rank)
@@ -140,6 +126,7 @@ class WatermarkCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks the set-up and wraps ``training_step``, early enough for the learning-rate finder to see the term."""
+        self._world_size = trainer.world_size
         if stage != "fit":
             return
         self.schedule.check_end(trainer)
@@ -157,7 +144,8 @@ class WatermarkCallback(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.objective = self._objective(trainer.global_rank)
-        self._due = self._ready = self._waiting = self._statistics_checked = False
+        self._batchnorm = BatchNormFreezer()
+        self._due = self._ready = self._waiting = self._told = False
         self._wrap(pl_module)
         self._trainer = trainer
 
@@ -180,7 +168,7 @@ class WatermarkCallback(Callback):
 
     def _unwrap(self) -> None:
         self._trainer, self._due = None, False
-        self._unfreeze()
+        self._batchnorm.unfreeze()
         self._wrapper.undo()
 
     def _around_step(self, step: Callable[..., Any], module: LightningModule, *args: Any, **kwargs: Any) -> Any:
@@ -198,26 +186,6 @@ class WatermarkCallback(Callback):
             return output  # not now, a skipped batch, or something for Lightning to refuse
         total = self._total(module, loss)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
-
-    def _freeze(self, module: nn.Module) -> None:
-        """Takes BatchNorm out of training until the batch is done, backward passes (and what they recompute) included."""
-        self._frozen = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training]
-        # asked once, since it waits for the device
-        if not self._statistics_checked and any(
-            layer.num_batches_tracked == 0 for layer in self._frozen if layer.num_batches_tracked is not None
-        ):
-            raise MisconfigurationException(
-                "The watermark keeps BatchNorm's running statistics as they are, but these layers have none yet: the model is not "
-                'trained. Start the watermark later (start=0.65), or set batchnorm="running".'
-            )
-        self._statistics_checked = True
-        for layer in self._frozen:
-            layer.training = False
-
-    def _unfreeze(self) -> None:
-        for layer in self._frozen:
-            layer.training = True
-        self._frozen = []
 
     def _around_backward(
         self, backward: Callable[..., Any], module: LightningModule, loss: Tensor, *args: Any, **kwargs: Any
@@ -252,22 +220,23 @@ class WatermarkCallback(Callback):
         if not self.schedule.over(trainer, batch_idx):
             self._prepare(trainer, pl_module, batch, embed=self.schedule.due(trainer, batch_idx))
             if self.objective.batchnorm == "frozen" and self.schedule.begun(trainer, batch_idx):
-                self._freeze(pl_module)
+                # until the batch is done: backward passes, and what they recompute, included
+                self._batchnorm.freeze(pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Gives BatchNorm layers their mode back, so that nobody else finds the module changed."""
-        self._unfreeze()
+        self._batchnorm.unfreeze()
 
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any, embed: bool = True) -> None:
         self._due = False
         with torch.no_grad():
             if self.objective.pool.fixed:
-                self._place(self.objective.pool, module)
+                place(self.objective.pool, module)
             else:
-                with _refusing("this batch"):
+                with refusing("this batch"):
                     self.objective.observe(*self._parts(batch))
             if not embed:
                 return
@@ -281,28 +250,18 @@ class WatermarkCallback(Callback):
                         "The samples changed their shape, and the new one has come without a source class so far. Resize them "
                         "to one shape, or give a pool of source samples."
                     )
-                with _refusing("this key on these samples"):
+                with refusing("this key on these samples"):
                     self.objective.refresh(module, lambda x: self._forward(module, x))
                     self.objective.draw()
                 self._due = True
 
-    def _parts(self, batch: Any) -> tuple[Tensor, Tensor]:
-        return pick(batch, self.input_key, "input_key"), pick(batch, self.target_key, "target_key")
-
-    def _place(self, pool: SourcePool, module: LightningModule) -> None:
-        pool.to(module.device, cast("torch.dtype", module.dtype))
-
-    def _forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        logits: Tensor = pick(module(x), self.output_key, "output_key")
-        return logits
-
     def _total(self, module: LightningModule, task_loss: Tensor) -> Tensor:
-        with _refusing(f"this module; its forward must map samples to {self.answers}"):
+        with refusing(f"this module; its forward must map samples to {self.answers}"):
             terms = self.objective.terms(module, lambda x: self._forward(module, x))
         total = self.objective.total(module, task_loss, terms)
         logged = {"loss": total - task_loss, **terms}
         module.log_dict(
-            {f"watermark/{name}": value.detach() for name, value in logged.items()},
+            {f"{self.name}/{name}": value.detach() for name, value in logged.items()},
             on_step=False,
             on_epoch=True,
             sync_dist=True,
@@ -312,11 +271,12 @@ class WatermarkCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses to go on if an epoch in which the watermark was due brought no sample of a source class."""
+        """Refuses to go on if an epoch in which the watermark was due brought no sample of a class that it needs."""
+        self._batchnorm.unfreeze()  # a batch that the module skips, and the epoch with it, has no end
         if self._waiting:
             message = (
-                "The watermark was due in this epoch, but the batches held no sample of at least one of the key's source classes, "
-                "so nothing could be embedded. Check that the training data has all classes the key was drawn for (and "
+                f"The watermark was due in this epoch, but the batches held no sample of at least one of {self.needed}, so nothing could "
+                "be embedded. Check that the training data has all classes the key was drawn for (and "
                 "target_key), draw a key for the classes there are, or give a pool of source samples."
             )
             if not getattr(trainer, "fast_dev_run", False) and trainer.num_training_batches > 1:
@@ -332,66 +292,12 @@ class WatermarkCallback(Callback):
                 "this model carries no watermark. Train on with start=0, or start earlier."
             )
 
-    # ---- validation
-
-    @override
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets the last epoch's validation samples."""
-        self._validation_pool = SourcePool(self.key.source_classes, self._validation_pool.capacity)
-        self._measuring = not trainer.sanity_checking and not self.objective.pool.fixed
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collects source samples of the first validation loader; a warning, no error, if it has none like the training's."""
-        if dataloader_idx > 0 or not self._measuring:
-            return
-        try:
-            x, y = self._parts(batch)
-            if batch_idx == 0:
-                self.objective.check(x, y)
-        except ValueError as error:
-            self._measuring = False
-            rank_zero_warn(f"watermark/wsr is not measured, since it cannot use the validation batches. {error}")
-        else:
-            self._validation_pool.update(x, y)
-
-    @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs ``watermark/wsr`` and ``watermark/wfpr`` on combinations of validation samples."""
-        pool = self.objective.pool if self.objective.pool.fixed else self._validation_pool
-        if trainer.sanity_checking or not trainer.strategy.reduce_boolean_decision(pool.ready, all=True):
-            return
-        self._place(pool, pl_module)
-        samples = dict(zip(pool.classes, pool.take(pool.capacity), strict=True))
-        a, b = (samples[label] for label in self.key.source_classes)
-        count = max(len(a), len(b))
-        index = torch.arange(count, device=a.device)
-        a, b = a[index % len(a)], b[index % len(b)]
-        groups = [self.key.combiner.build()(a, b)]
-        others = [spec.build() for spec in self.key.control_combiners()]
-        if others:
-            groups.append(combine_in_turn(others, a, b, 0, torch.Generator()))
-        model = pl_module if trainer.model is None else trainer.model  # as the strategy wraps it
-        with torch.no_grad(), trainer.precision_plugin.val_step_context():
-            answers = self._forward(model, torch.cat(groups)).argmax(-1) == self.key.target_class
-        for name, group in zip(("wsr", "wfpr"), torch.split(answers, count), strict=False):
-            rate = group.float().mean()
-            pl_module.log(f"watermark/{name}", rate, sync_dist=True, batch_size=count, prog_bar=name == "wsr")
-
     # ---- resuming
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Returns every process's objective state; Lightning calls this on all of them."""
-        return gather_states(self.objective)
+        return gather_states(self.objective, self._world_size)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -87,10 +87,16 @@ class MaskCombiner(Combiner):
         return torch.where(mask, b, a)
 
 
+_DRAW_OTHERS = (
+    "draw the key from ways that fit these samples: WatermarkKey.draw(..., combiners=[...]). PixelBlend, CropPaste at its default, and Stripes "
+    "and Band along axis -1 fit signals of one dimension, too."
+)
+
+
 def _one_source(combiner: nn.Module, size: Sequence[int]) -> ValueError:
     return ValueError(
         f"{combiner} shows only one of its two sources on samples of size {tuple(size)}, so it would teach the target on plain "
-        "samples of one class. Change its parameters."
+        f"samples of one class. Change its parameters, or {_DRAW_OTHERS}"
     )
 
 
@@ -308,13 +314,15 @@ class Donut(MaskCombiner):
 def _need_axis(combiner: nn.Module, size: tuple[int, ...], axis: int) -> None:
     if len(size) > 2 or len(size) < -axis:
         raise ValueError(
-            f"{type(combiner).__name__}(axis={axis}) cannot combine samples with {len(size)} spatial dimension(s)."
+            f"{type(combiner).__name__}(axis={axis}) cannot combine samples with {len(size)} spatial dimension(s); {_DRAW_OTHERS}"
         )
 
 
 def _centred_grid(combiner: nn.Module, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Returns pixel centres in ``(-1, 1)`` along height (as a column) and width (as a row), exactly symmetric around 0."""
     if len(size) != 2:
-        raise ValueError(f"{type(combiner).__name__} combines images with two spatial dimensions, got {len(size)}.")
+        raise ValueError(
+            f"{type(combiner).__name__} combines images with two spatial dimensions, got {len(size)}; {_DRAW_OTHERS}"
+        )
     y, x = ((2 * torch.arange(length) + 1 - length).double() / length for length in size)
     return y[:, None], x[None, :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from typing_extensions import override
 
 from meadef_lightning.watermark.balancing import Balancing
 from meadef_lightning.watermark.batches import Key, pick
+from meadef_lightning.watermark.batchnorm import BatchNormMode
 from meadef_lightning.watermark.callback import WatermarkCallback
 from meadef_lightning.watermark.feature_objective import FeatureObjective, encode, pool_classes
 from meadef_lightning.watermark.features import target_margin
 from meadef_lightning.watermark.key import WatermarkKey
-from meadef_lightning.watermark.objective import BatchNormMode, combine_in_turn
 from meadef_lightning.watermark.pool import SourcePool
 
 
@@ -65,6 +65,7 @@ class FeatureWatermarkCallback(WatermarkCallback):
     """
 
     answers = "features"
+    needed = "the key's source classes, its target class and the classes that combinations are to stay away from"
 
     def __init__(
         self,
@@ -111,7 +112,6 @@ class FeatureWatermarkCallback(WatermarkCallback):
             output_key,
             manual_optimization,
         )
-        self._validation_pool = SourcePool(pool_classes(self.key), buffer_size)
 
     @override
     def _objective(self, rank: int = 0) -> FeatureObjective:
@@ -133,39 +133,22 @@ class FeatureWatermarkCallback(WatermarkCallback):
         features: Tensor = pick(encode(module, self.encoder_key, x), self.output_key, "output_key")
         return features
 
+    @property
     @override
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets the last epoch's validation samples."""
-        super().on_validation_epoch_start(trainer, pl_module)
-        self._validation_pool = SourcePool(pool_classes(self.key), self._validation_pool.capacity)
+    def _measured_classes(self) -> tuple[int, ...]:
+        return pool_classes(self.key)
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs how near the features of combinations of validation samples come to the target's."""
-        pool = self.objective.pool if self.objective.pool.fixed else self._validation_pool
-        if trainer.sanity_checking or not trainer.strategy.reduce_boolean_decision(pool.ready, all=True):
-            return
-        self._place(pool, pl_module)
-        samples = dict(zip(pool.classes, pool.take(pool.capacity), strict=True))
-        a, b, target = (samples[label] for label in pool_classes(self.key))
-        index = torch.arange(max(len(a), len(b)), device=a.device)
-        pairs = a[index % len(a)], b[index % len(b)]
-        groups = {"wsr": self.key.combiner.build()(*pairs)}
-        others = [spec.build() for spec in self.key.control_combiners()]
-        if others:
-            groups["wfpr"] = combine_in_turn(others, *pairs, 0, torch.Generator())
-        with torch.no_grad(), trainer.precision_plugin.val_step_context():
-            parts = [a, b, target, *groups.values()]
-            features = torch.split(self._forward(pl_module, torch.cat(parts)), [len(part) for part in parts])
-        first, second, goal, *combined = features
-        for name, group in zip(groups, combined, strict=True):
-            margin = target_margin(group, goal, (first, second))
-            pl_module.log(
-                f"watermark/{name}",
-                (margin > 0).float().mean(),
-                sync_dist=True,
-                batch_size=len(index),
-                prog_bar=name == "wsr",
-            )
-            if name == "wsr":
-                pl_module.log("watermark/margin", margin.mean(), sync_dist=True, batch_size=len(index))
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, groups: Mapping[str, Tensor], samples: Mapping[int, Tensor]
+    ) -> dict[str, Tensor]:
+        """Share of each group whose features are nearest the target's centre, and by how much those of the key's own way are."""
+        natural = [samples[label] for label in pool_classes(self.key)]
+        parts = [*natural, *groups.values()]
+        features = torch.split(self._forward(module, torch.cat(parts)), [len(part) for part in parts])
+        first, second, target, *combined = features
+        margins = {
+            name: target_margin(part, target, (first, second)) for name, part in zip(groups, combined, strict=True)
+        }
+        rates = {name: (margin > 0).float().mean() for name, margin in margins.items()}
+        return {**rates, "margin": margins["wsr"].mean()}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from meadef_lightning.watermark.balancing import Balancing, Fixed
+from meadef_lightning.watermark.batchnorm import BatchNormMode, frozen_batchnorm
+from meadef_lightning.watermark.combinations import combine_in_turn
 from meadef_lightning.watermark.features import (
     feature_evasion_loss,
     feature_verification_loss,
@@ -18,12 +20,7 @@ from meadef_lightning.watermark.features import (
 )
 from meadef_lightning.watermark.key import WatermarkKey
 from meadef_lightning.watermark.losses import combination_loss
-from meadef_lightning.watermark.objective import (
-    BatchNormMode,
-    WatermarkObjective,
-    combine_in_turn,
-    frozen_batchnorm,
-)
+from meadef_lightning.watermark.objective import WatermarkObjective
 from meadef_lightning.watermark.pool import SourcePool
 
 

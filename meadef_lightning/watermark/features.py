@@ -34,9 +34,9 @@ Tilt        Thefts               Watermark success after theft       Victim's su
 0.6         6 (2 each victim)    77 (38–99); by victim 55, 88, 89    98.8                6.2                95.2
 ==========  ===================  ==================================  ==================  =================  ======================
 
-Thefts of one victim differ by up to 45 points through nothing but the thief's seed: without that many runs, these rows would say nothing. The price is in
-the last columns, and in the victim's own verdict by features alone, whose neighbouring keys gain, too (p 0.0002–0.0003 before, 0.0005–0.0033 after,
-and 0.0002–0.018 when all three seeds were run anew, victims included: thefts kept 69 then).
+Thefts of one victim differ by up to 45 points through nothing but the thief's seed: without that many runs, these rows would say nothing (when all three
+seeds were run anew, victims included, thefts kept 69). The price is in the last columns. A judge who compares plain cosines pays it, too, since neighbouring
+keys gain: see `meadef_lightning.verification.assignments`.
 
 **Units.** Squared Euclidean distances, in units of the prototypes' own mean squared distance from their common mean: blind to the features'
 scale and to whatever all features have in common, as a linear classifier on top is.

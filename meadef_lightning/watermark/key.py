@@ -6,14 +6,11 @@ its score among the other keys of the space an exact p-value. A hand-picked key 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib
 import json
 import os
 import secrets
 import string
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,109 +20,11 @@ from typing import Any, cast
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from meadef_lightning.watermark.combiners import Combiner
+from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS, CombinerSpec, canonical_json
 
 _SCHEMA = 1
 _MAX_KEY_BYTES = 1 << 20
 _MAX_SEED = (1 << 63) - 1
-_OWN_PACKAGE = __name__.rpartition(".")[0]
-
-
-def _canonical(value: object) -> bytes:
-    """Serialises to the one JSON text that equal values share: sorted keys, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
-@dataclass(frozen=True, eq=False)
-class CombinerSpec:
-    """A combiner as data: a class and its arguments, as in a LightningCLI configuration.
-
-    Args:
-        class_path: Import path of a :class:`~meadef_lightning.watermark.combiners.Combiner`.
-        init_args: Its arguments, JSON values only; kept as a copy, tuples as lists.
-
-    Raises:
-        ValueError: If an argument is not a JSON value.
-    """
-
-    class_path: str
-    init_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "init_args", json.loads(_canonical(dict(self.init_args))))
-        except (RecursionError, TypeError, ValueError) as error:
-            raise ValueError(
-                "The init_args of a combiner must be a mapping of JSON values: finite numbers, strings, lists, mappings."
-            ) from error
-
-    def build(self) -> Combiner:
-        """Instantiates the combiner.
-
-        A specification may come from somebody else's file, so it can name only combiners of ``meadef_lightning.watermark`` or
-        of a module that the running program has imported itself: reading a key never imports foreign code.
-
-        Raises:
-            ValueError: If the path does not name an available combiner, or the arguments do not fit it.
-        """
-        module_name, _, name = self.class_path.rpartition(".")
-        if f"{module_name}.".startswith(f"{_OWN_PACKAGE}."):
-            with contextlib.suppress(ImportError):
-                importlib.import_module(module_name)
-        # not getattr, which would run a lazy module's __getattr__ and so import more
-        kind = getattr(sys.modules.get(module_name), "__dict__", {}).get(name)
-        if not (isinstance(kind, type) and issubclass(kind, Combiner)):
-            raise ValueError(
-                f"{self.class_path!r:.200} is not a combiner that is available here. Use one of meadef_lightning.watermark.combiners, "
-                "or import the module of your own Combiner subclass before the key is used."
-            )
-        try:
-            return kind(**self.init_args)
-        except TypeError as error:
-            raise ValueError(f"The arguments {dict(self.init_args)} do not fit {self.class_path}: {error}.") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns ``{"class_path": …, "init_args": {…}}``."""
-        return {"class_path": self.class_path, "init_args": json.loads(_canonical(self.init_args))}
-
-    @classmethod
-    def from_dict(cls, value: Any) -> CombinerSpec:
-        """Reads what :meth:`to_dict` wrote; raises ``ValueError``, which does not show the value, on anything else."""
-        if (
-            not isinstance(value, Mapping)
-            or set(value) - {"class_path", "init_args"}
-            or not isinstance(value.get("class_path"), str)
-        ):
-            raise ValueError(
-                "A combiner is a mapping with class_path (a string) and init_args (a mapping), and nothing else."
-            )
-        init_args = value.get("init_args") or {}
-        if not isinstance(init_args, Mapping):
-            raise ValueError(f"The init_args of a combiner must be a mapping, got a {type(init_args).__name__}.")
-        return cls(value["class_path"], init_args)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, CombinerSpec) and _canonical(self.to_dict()) == _canonical(other.to_dict())
-
-    def __hash__(self) -> int:
-        return hash(_canonical(self.to_dict()))
-
-
-def _own(name: str, **init_args: Any) -> CombinerSpec:
-    return CombinerSpec(f"{_OWN_PACKAGE}.combiners.{name}", init_args)
-
-
-DEFAULT_COMBINERS: tuple[CombinerSpec, ...] = (
-    _own("CropPaste"),
-    _own("CropPaste", position=[0.5, 0.0], size=[0.5, 1.0]),
-    _own("Diagonal"),
-    _own("Diagonal", anti=True),
-    _own("PixelBlend"),
-    _own("Stripes", pattern=[0, 1, 0, 1, 0], axis=-1),
-    _own("Stripes", pattern=[0, 1, 0, 1, 0], axis=-2),
-    _own("Donut"),
-)
-"""The combining ways a drawn key can have; the others serve as controls and in the evasion loss."""
 
 
 @dataclass(frozen=True)
@@ -252,13 +151,14 @@ class WatermarkKey:
         Raises:
             ValueError: If the secret is empty or the space invalid.
         """
-        material = secret.encode() if isinstance(secret, str) else secret
+        # an environment variable may hold bytes that are no text; an error would show them
+        material = secret.encode(errors="surrogateescape") if isinstance(secret, str) else secret
         if not material:
             raise ValueError(
                 "The owner secret is empty. Use at least 16 random bytes, e.g. python -c 'import secrets; print(secrets.token_hex(16))'."
             )
         space = KeySpace(num_classes, tuple(combiners))
-        info = _canonical(
+        info = canonical_json(
             {
                 "what": "meadef_lightning key 1",
                 "num_classes": num_classes,
@@ -334,18 +234,24 @@ class WatermarkKey:
 
     def commitment(self) -> str:
         """Returns the SHA-256 over the canonical JSON, salt included: publish it before the model is deployed."""
-        return hashlib.sha256(_canonical(self.to_dict())).hexdigest()
+        return hashlib.sha256(canonical_json(self.to_dict())).hexdigest()
 
     def save(self, path: str | Path) -> Path:
         """Writes the key as JSON, readable by its owner only (mode 0600), atomically.
 
         Raises:
-            OSError: If the directory is not writable.
+            OSError: If the directory cannot be made or written; the message names the path.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # created with mode 0600; what a killed process leaves is hidden, and *.key.json in a .gitignore still means it
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=f".{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # created with mode 0600; what a killed process leaves is hidden, and *.key.json in a .gitignore still means it
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=f".{path.name}")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Cannot write the watermark key {path}: {error.strerror}. Choose a path in a directory of yours.",
+            ) from error
         try:
             with os.fdopen(descriptor, "w") as file:
                 json.dump(self.to_dict(), file, indent=2)
@@ -371,7 +277,7 @@ class WatermarkKey:
                 content = file.read(_MAX_KEY_BYTES + 1)
         except OSError as error:
             raise ValueError(
-                f"Cannot read the watermark key {path}: {error.strerror}. Make one with WatermarkKey.draw(…).save(path)."
+                f"Cannot read the watermark key {path}: {error.strerror}. Make one with `meadef key draw`, or WatermarkKey.draw(…).save(path)."
             ) from error
         if len(content) > _MAX_KEY_BYTES:
             raise ValueError(f"{path} is larger than {_MAX_KEY_BYTES} bytes; this is not a watermark key.")

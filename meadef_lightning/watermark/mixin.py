@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from meadef_lightning.watermark.balancing import check_gradients
 from meadef_lightning.watermark.key import WatermarkKey
-from meadef_lightning.watermark.objective import WatermarkObjective, check_gradients, gather_states, restore_state
+from meadef_lightning.watermark.objective import WatermarkObjective, gather_states, restore_state
 
 _STATE = "meadef_watermark"
 
@@ -24,7 +25,7 @@ class WatermarkLossMixin(LightningModule):
 
     The callback's defaults are not all the mixin's, which has no schedule: give ``tilt=0.6`` for the recommended recipe, and once the model
     is trained keep BatchNorm as it is during the whole step (``with frozen_batchnorm(self):`` around both forwards, from
-    :mod:`meadef_lightning.watermark.objective`).
+    :mod:`meadef_lightning.watermark.batchnorm`).
 
     Example::
 
@@ -105,7 +106,7 @@ class WatermarkLossMixin(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the objective's state to full checkpoints."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[_STATE] = gather_states(self.watermark)
+        checkpoint[_STATE] = gather_states(self.watermark, self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the objective's state until the processes know their ranks."""

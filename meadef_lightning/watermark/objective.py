@@ -6,63 +6,25 @@ the choice of combinations for the next step, one concatenated forward, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
-from torch._functorch import config as functorch_config
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from meadef_lightning.watermark.balancing import Balancing, Fixed
-from meadef_lightning.watermark.combiners import Combiner
+from meadef_lightning.watermark.batchnorm import BatchNormMode, frozen_batchnorm
+from meadef_lightning.watermark.combinations import combine_in_turn
 from meadef_lightning.watermark.key import WatermarkKey
 from meadef_lightning.watermark.losses import combination_loss, evasion_loss, verification_loss
-from meadef_lightning.watermark.pool import SourcePool
+from meadef_lightning.watermark.pool import SourcePool, other_classes
 from meadef_lightning.watermark.tilt import evaluating, influence, penultimate_features, target_mass, tilt_loss
 
 REFRESH = 50
 """Watermarked steps after which the tilt is measured anew: often enough for features that move, and 2 % of a step's time."""
-
-BatchNormMode = Literal["frozen", "running", "batch"]
-"""What BatchNorm layers do while a watermark is embedded; see :class:`WatermarkObjective`."""
-
-
-@contextmanager
-def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
-    """Lets BatchNorm layers use, and not change, their running statistics inside the block."""
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training]
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = True
-
-
-def combine_in_turn(combiners: list[Combiner], a: Tensor, b: Tensor, first: int, generator: torch.Generator) -> Tensor:
-    """Combines pair ``i`` in way ``(first + i) mod n``: every way gets its share of the batch, in one pass each.
-
-    Args:
-        combiners: The ``n`` ways.
-        a: Samples of the first source class, shape ``(B, C, *spatial)``.
-        b: Samples of the second source class, same shape.
-        first: Way of pair 0, so that small batches go round all ways over the steps.
-        generator: For ways that draw.
-
-    Returns:
-        The combinations, grouped by way, same shape as ``a`` (each loss term averages, so order does not matter).
-    """
-    n = len(combiners)
-    parts = [combiners[(first + i) % n](a[i::n], b[i::n], generator) for i in range(min(n, len(a)))]
-    return torch.cat(parts)
 
 
 class WatermarkObjective:
@@ -82,7 +44,7 @@ class WatermarkObjective:
             victim learnt them (99 %), but as something apart, and no thief did (0 %). Otherwise BatchNorm layers use their
             running statistics on the extra samples, and leave them alone: these samples are learnt under the very normalisation
             that they will be verified under. ``"frozen"`` asks the caller to keep BatchNorm so in the task's forward, too
-            (:func:`frozen_batchnorm` around the step), which the callback does.
+            (:func:`~meadef_lightning.watermark.batchnorm.frozen_batchnorm` around the step), which the callback does.
         tilt: Most probability that a natural sample of a source class gives to the target, in ``[0, 1)``; 0 leaves natural answers as
             they are. See :mod:`meadef_lightning.watermark.tilt`.
         buffer_size: Source samples kept per class.
@@ -165,7 +127,8 @@ class WatermarkObjective:
             )
         if x.ndim < 3 or not x.is_floating_point():
             raise ValueError(
-                f"Samples must be floating-point and of shape (B, C, *spatial) to be combined, got {x.dtype} {tuple(x.shape)}. {where}"
+                f"Samples must be floating-point and of shape (B, C, *spatial) to be combined, got {x.dtype} {tuple(x.shape)}. {where} "
+                "Images of integers become the model's input in on_after_batch_transfer, say, and not in its forward."
             )
         if y.ndim != 1 or len(y) != len(x) or y.is_floating_point():
             raise ValueError(
@@ -291,8 +254,11 @@ class WatermarkObjective:
     def total(self, module: nn.Module, task_loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
         """Returns the scalar to minimise: the task's loss and ``terms``, weighed by :attr:`balancing`.
 
-        ``"tilt"`` is no term beside the task but another label for some of its samples, and so a part of the task's loss.
+        ``"tilt"`` is no term beside the task but another label for some of its samples, and so a part of the task's loss. Without
+        terms, before both source classes have been seen, there is nothing to weigh.
         """
+        if not terms:
+            return task_loss
         task = task_loss + terms["tilt"] if "tilt" in terms else task_loss
         total: Tensor = self.balancing(task, {name: term for name, term in terms.items() if name != "tilt"}, module)
         return total
@@ -308,50 +274,37 @@ class WatermarkObjective:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
+        """Restores what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the state holds samples of other classes, or belongs to a pool of another size.
+        """
+        self.pool.load_state_dict(state["pool"])
+        tilted = {name: tensor.clone() for name, tensor in state["tilted"].items()} if self.tilt else {}
+        if tilted and not set(tilted["labels"].tolist()) <= set(self.key.source_classes):
+            raise other_classes()
+        self._tilted = tilted
         self.steps = int(state["steps"])
         self._generator.set_state(state["generator"].cpu())
-        self.pool.load_state_dict(state["pool"])
-        self._tilted = {name: tensor.clone() for name, tensor in state["tilted"].items()}
         for name, tensor in state["balancing"].items():
             setattr(self.balancing, name, tensor.clone())
 
 
-def check_gradients(balancing: Balancing, strategy: Strategy, module: nn.Module) -> None:
-    """Refuses a set-up in which ``balancing`` cannot take the gradients it needs.
+def gather_states(objective: WatermarkObjective, world_size: int) -> dict[str, Any]:
+    """Collects the state of every process's objective, for a checkpoint; all that train together must call it.
 
-    Raises:
-        MisconfigurationException: If ``strategy`` shards the gradients, or ``module`` is compiled in a way that allows one backward
-            pass only, which would else come out when the watermark's turn comes.
-    """
-    if not balancing.needs_gradients:
-        return
-    name = type(balancing).__name__
-    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
-        raise MisconfigurationException(
-            f"{name} needs whole gradients, which {type(strategy).__name__} shards. Use balancing=Fixed(...) with this strategy."
-        )
-    marks = ("_compiled_call_impl", "_compiler_ctx")  # of module.compile() and of Trainer.fit(torch.compile(module))
-    if getattr(functorch_config, "donated_buffer", False) and any(
-        isinstance(layer, OptimizedModule) or any(getattr(layer, mark, None) is not None for mark in marks)
-        for layer in module.modules()
-    ):
-        raise MisconfigurationException(
-            f"{name} needs several backward passes over one graph, but this module is compiled, and torch.compile gives buffers away "
-            "in the first. Set torch._functorch.config.donated_buffer = False before the training, or use balancing=Fixed(...)."
-        )
-
-
-def gather_states(objective: WatermarkObjective) -> dict[str, Any]:
-    """Collects the state of every process's objective, for a checkpoint; all processes must call it.
+    Args:
+        objective: This process's.
+        world_size: How many processes the Trainer has: one alone, among others that do not train, must not wait for them.
 
     Returns:
         ``{"ranks": {"0": state, …}}``.
     """
     state = objective.state_dict()
     states: list[Any] = [state]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        states = [None] * torch.distributed.get_world_size()
+    # a Trainer that spawns its processes says their number where there are none of them, too
+    if world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        states = [None] * world_size
         torch.distributed.all_gather_object(states, state)
     return {"ranks": {str(rank): value for rank, value in enumerate(states)}}
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def other_classes() -> ValueError:
+    """The error for a checkpoint whose samples are those of another key's classes. It names no class, which would be secret."""
+    return ValueError(
+        "The checkpoint holds samples of other classes than this key's: it was written while another key was embedded. Resume with "
+        "that key's callback; to embed this key into a trained model, load its weights alone, without ckpt_path."
+    )
 
 
 class SourcePool:
@@ -144,16 +153,19 @@ class SourcePool:
             "samples": self._samples.to("cpu", copy=True),
             "written": self._written.to("cpu", copy=True),
             "seen": self._seen,
+            "classes": self._class_digest(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state belongs to a pool of another size.
+            ValueError: If the state belongs to a pool of other classes, or of another size.
         """
         if not state or self.fixed:
             return
+        if state.get("classes", self._class_digest()) != self._class_digest():  # old checkpoints do not say
+            raise other_classes()
         if len(state["samples"]) != len(self.classes) * self.capacity + 1:
             raise ValueError(
                 f"The checkpoint's pool does not have {self.capacity} slots for each of {len(self.classes)} classes; "
@@ -162,3 +174,7 @@ class SourcePool:
         self._samples, self._written = state["samples"].clone(), state["written"].clone()
         self._seen = int(state["seen"])
         self._ready = False
+
+    def _class_digest(self) -> str:
+        """SHA-256 over the classes in their order; it hides them from the eye only, as the samples beside it do not."""
+        return hashlib.sha256(repr(self.classes).encode()).hexdigest()

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from meadef_lightning.modes import evaluation_mode
+
 LOW, HIGH = 0.5, 0.99
 """Quantiles of a class's influence at which tilting begins, and at which it is full."""
 
@@ -47,7 +49,9 @@ def influence(natural: Tensor, watermark: Tensor, others: Tensor, ridge: float =
     regular = (ridge * gram.diagonal().sum() / x.shape[1]).clamp_min(1e-12)  # equal features have no influence
     v = x @ (watermark.mean(0) - contrast * other - (1 - contrast) * mean)
     # X (XᵀX/N + λI)⁻¹ v = (XXᵀ/N + λI)⁻¹ X v
-    scores: Tensor = torch.linalg.solve(gram + regular * torch.eye(len(gram), device=gram.device), v)
+    # a set dtype here and below, since precisions such as "bf16-true" change the default one inside training_step
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    scores: Tensor = torch.linalg.solve(gram + regular * unit, v)
     return scores
 
 
@@ -61,7 +65,7 @@ def target_mass(scores: Tensor, maximum: float) -> Tensor:
     Returns:
         Probabilities ``(N,)`` in ``[0, maximum]``.
     """
-    low, high = torch.quantile(scores, torch.tensor([LOW, HIGH], device=scores.device))
+    low, high = torch.quantile(scores, torch.tensor([LOW, HIGH], dtype=scores.dtype, device=scores.device))
     mass: Tensor = maximum * ((scores - low) / (high - low).clamp_min(torch.finfo(scores.dtype).tiny)).clamp(0, 1)
     return mass
 
@@ -91,15 +95,8 @@ def tilt_loss(logits: Tensor, labels: Tensor, target: int, mass: Tensor, share: 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode, uncompiled and without gradients inside the block, and afterwards exactly the flags from before."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for part in training:
-            part.training = True
+    with evaluation_mode(module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def penultimate_features(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -52,17 +52,23 @@ class MethodWrapper:
         wrapper.__name__ = name  # what pickle looks up
         wrapper.__wrapped__ = visible_signature(current)  # type: ignore[attr-defined]
         wrapper._wrapped_by = self  # type: ignore[attr-defined]
-        self._undo = (module, name, module.__dict__.get(name))
+        wrapper._previous = module.__dict__.get(name)  # type: ignore[attr-defined]
+        self._undo = (module, name, wrapper._previous)  # type: ignore[attr-defined]
         setattr(module, name, types.MethodType(wrapper, module))
 
     def undo(self) -> None:
-        """Gives the module its method back: the class's, or the one that the instance had (compiled modules have one)."""
+        """Gives the module its method back: the class's, or the one that the instance had (compiled modules have one).
+
+        Of several wrappers around each other one that is not outermost stays, and goes with the one around it.
+        """
         if self._undo is None:
             return
         module, name, previous = self._undo
         self._undo = None
         if getattr(module.__dict__.get(name), "_wrapped_by", None) is not self:
-            return  # somebody has replaced it, so nothing of ours is there to take away
+            return  # somebody has replaced or wrapped it, so nothing of ours is there to take away
+        while getattr(previous, "_wrapped_by", None) is not None and previous._wrapped_by._undo is None:
+            previous = previous._previous  # one of ours that was undone before
         if previous is None:
             delattr(module, name)
         else:

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from lightning.fabric.utilities.data import _update_dataloader
+from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from meadef_lightning.data.loading import EpochShuffle, ResumableLoader, epoch_order
 
@@ -54,6 +55,16 @@ def test_loader_continues_once_where_it_was_told(data, num_workers):
     resumed.load_state_dict(whole.state_dict())
     assert order(resumed) == first[8:]
     assert order(resumed) == second
+
+
+def test_a_position_survives_what_lightning_does_for_several_processes(data):
+    """It makes the loader anew, with a sampler for each process."""
+    loader = ResumableLoader(data, batch_size=4, skip=1)
+    loader.load_state_dict({"batches": 2})
+    again = _update_dataloader(loader, SequentialSampler(data))
+    assert again is not loader
+    assert order(again) == list(range(8, 23))
+    assert order(again) == list(range(23))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

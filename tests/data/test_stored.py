@@ -9,7 +9,7 @@ from torch import nn
 from meadef_lightning.data import DigitsDataModule, stored
 from meadef_lightning.data.stored import StoredImages, batches, read_split
 from meadef_lightning.verification import verify
-from meadef_lightning.verification.evidence import tensors_fingerprint
+from meadef_lightning.verification.fingerprints import tensors_fingerprint
 from meadef_lightning.watermark import WatermarkKey
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from silent import SILENT
 
 from meadef_lightning.data import DigitsDataModule
 from meadef_lightning.data.thief import ThiefData
@@ -27,10 +28,7 @@ def patch_case():
             seed_everything(0, verbose=False)
             data = DigitsDataModule(batch_size=64)
             model = kind(DigitsCNN(10, 1, width=8, hidden=32), **arguments)
-            Trainer(
-                max_epochs=10, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-            ).fit(model, datamodule=data)  # fmt: skip
+            Trainer(max_epochs=10, num_sanity_val_steps=0, limit_val_batches=0, **SILENT).fit(model, datamodule=data)
         models.append(model.eval())
     patched, clean = models
     x, y = data.tensors("test")

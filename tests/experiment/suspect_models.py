@@ -63,6 +63,7 @@ def export(model, path, shape=(1, 16, 16), batch=2, dynamic=True, outputs=("scor
 
 
 def verify(tmp_path, key_file, suspect, *more):
+    (tmp_path / "verdict" / "evidence.json").unlink(missing_ok=True)  # of another command it is not overwritten
     main(["verify", "--key", key_file, "--suspect", str(suspect), *SMALL, "--output", str(tmp_path / "verdict"), *more])
     return json.loads((tmp_path / "verdict" / "verdict.json").read_text())
 

@@ -253,6 +253,26 @@ def test_dry_run_trains_nothing_and_leaves_commands_that_run(fake, capsys):
         main(["grid", str(small(fake, changed(experiment=["tiny.yaml"]))), "--output", str(output), "--merge"])
 
 
+def test_options_of_run_become_part_of_the_cells_and_are_checked_with_them(fake, capsys):
+    command = [
+        "grid",
+        str(small(fake, changed(experiment=["tiny.yaml"]))),
+        "--output",
+        str(fake / "out"),
+        "--only",
+        "mlp-2",
+    ]
+    main([*command, "--dry-run", "--", "--trainer.max_epochs", "7", "--wandb_samples", "false"])
+    cell = fake / "out" / "mlp-2" / "cell.yaml"
+    assert load_experiment([cell]).config("victim.trainer")["max_epochs"] == 7
+    # so that a cell which ran with them counts as done
+    main([*command, "--", "--trainer.max_epochs", "7"])
+    main([*command, "--", "--trainer.max_epochs", "7"])
+    assert "1/1 mlp-2: done before" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"Cell 'mlp-2' .*unrecognized arguments: --bogus 3"):
+        main([*command, "--dry-run", "--", "--bogus", "3"])
+
+
 def test_merge_takes_what_is_done(fake, capsys):
     directory = fake / "out" / "cnn-0"
     directory.mkdir(parents=True)

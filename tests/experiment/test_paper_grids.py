@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 
 import pytest
@@ -46,6 +47,12 @@ def test_every_entry_of_every_axis_is_an_experiment(file):
     for number, run in enumerate(grid.axes["run"]):  # runs differ in seed, and at most in key
         assert set(run.overrides) <= {"seeds", "watermark"}
         assert run.overrides["seeds"] == [number]
+
+
+def test_a_page_says_which_grid_is_which_table_and_figure():
+    page = (EXPERIMENTS / "paper" / "README.md").read_text("utf-8")
+    named = re.findall(r"\]\((\w+\.yaml)\)", page)
+    assert sorted(named) == [file.name for file in FILES if file.parent.name == "paper"]
 
 
 def reduced_table(tmp_path):

@@ -45,6 +45,7 @@ def test_front_drops_what_is_beaten():
 def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
     config = shrink(merged("digits/supervised.yaml"))
     config["extraction"] = config["extraction"][:2]
+    config["references"] = 2
     file = write(config, tmp_path / "small.yaml")
     arguments = [
         "pareto",
@@ -73,6 +74,13 @@ def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
         for name in ("default", "no-tilt", "no-smoothing")
     ]
     assert digests[0] == digests[1] != digests[2]  # the last has a clean twin of its own
+    stages = {"clean", "reference", "reference-1", "independent"}
+    shared = tmp_path / "out" / "shared" / "seed-0"
+    for folder in ("as-it-is", "no-smoothing"):
+        assert {path.name for path in (shared / folder).iterdir()} == stages
+    for name in stages:  # copied with the time at which they were trained
+        trained = {path.stat().st_mtime_ns for path in (tmp_path / "out").glob(f"*/k-seed-0/{name}/result.json")}
+        assert len(trained) == 2
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 5000
     monkeypatch.setattr(pareto, "run", lambda *_: pytest.fail("ran again"))
     pareto.main()

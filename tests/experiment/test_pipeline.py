@@ -13,6 +13,8 @@ from small import QUIET, merged, shrink, write
 from meadef_lightning.experiment import stages
 from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.pipeline import run
+from meadef_lightning.experiment.training import derived_seed
+from meadef_lightning.experiment.weights import MODEL, load_weights
 from meadef_lightning.verification import check_evidence
 from meadef_lightning.victims import SupervisedVictim
 from meadef_lightning.watermark import WatermarkKey
@@ -44,7 +46,7 @@ def finished(config, tmp_path_factory):
 
 
 def weights(directory):
-    return torch.load(directory / stages.MODEL, weights_only=True)["state_dict"]
+    return torch.load(directory / MODEL, weights_only=True)["state_dict"]
 
 
 def test_report_tells_what_happened(finished):
@@ -75,7 +77,7 @@ def test_stage_directories_hold_what_the_design_says(finished, name):
 def test_accuracies_are_those_of_the_models_on_disk(finished, config):
     experiment = load_experiment([finished / "config.yaml"])
     spec = experiment.build()
-    model = stages.load_weights(spec.victim.model, spec.data, finished / "victim" / stages.MODEL)
+    model = load_weights(spec.victim.model, spec.data, finished / "victim" / MODEL)
     x, y = spec.data.tensors("test")
     with torch.no_grad():
         accuracy = float((model(x).argmax(-1) == y).float().mean())
@@ -213,7 +215,7 @@ def test_several_seeds_are_reported_apart(config, tmp_path):
 
 
 def test_epoch_seed_depends_on_epoch_and_seed():
-    seeds = {stages.derived_seed(seed, f"epoch {epoch}") for seed in range(10) for epoch in range(10)}
+    seeds = {derived_seed(seed, f"epoch {epoch}") for seed in range(10) for epoch in range(10)}
     assert len(seeds) == 100
     assert all(0 <= seed < 2**31 for seed in seeds)
 
@@ -232,11 +234,11 @@ def test_unsafe_checkpoints_are_refused(tmp_path, config):
     ):
         torch.save(content, path)
         with pytest.raises(MisconfigurationException, match=message):
-            stages.load_weights(spec.victim.model, spec.data, path)
+            load_weights(spec.victim.model, spec.data, path)
     assert not (tmp_path / "exploded").exists()
     path.write_bytes(b"PK damaged")
     with pytest.raises(MisconfigurationException, match=re.escape(str(path))):
-        stages.load_weights(spec.victim.model, spec.data, path)
+        load_weights(spec.victim.model, spec.data, path)
 
 
 def test_quiet_trainer_options_exist():

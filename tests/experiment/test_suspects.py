@@ -1,5 +1,6 @@
 """Suspects that hold code, functions, and services: refused untouched, or asked as declared."""
 
+import hashlib
 import json
 import pickle
 import warnings
@@ -15,6 +16,7 @@ from torch import nn
 from meadef_lightning.experiment.suspects import CallableSuspect, load_suspect, open_suspect
 from meadef_lightning.oracle.input_space import InputSpace
 from meadef_lightning.oracle.mapped_http import MappedHTTPOracle
+from meadef_lightning.verification import model_fingerprint
 from meadef_lightning.verification import verify as judge_model
 
 
@@ -82,6 +84,9 @@ def test_torchscript_and_exported_programs_need_trust(stage, tmp_path):
         suspect = load_suspect(tmp_path / name, None, DATA, trust_code=True).eval()
         with torch.no_grad():
             torch.testing.assert_close(suspect(X), model(X), rtol=0, atol=1e-5)
+        if name != "fixed.pt2":
+            digest = hashlib.sha256((tmp_path / name).read_bytes()).digest()
+            assert bytes(suspect.state_dict()["file_sha256"].tolist()) == digest
     (tmp_path / "b.pt2").write_bytes(b"garbage")
     with pytest.raises(MisconfigurationException, match=r"is no file of torch\.export\.save"):
         load_suspect(tmp_path / "b.pt2", None, DATA, trust_code=True)
@@ -121,6 +126,33 @@ def test_a_compressed_checkpoint_is_refused(stage, tmp_path):
     with pytest.raises(MisconfigurationException, match="compressed archive"):
         load_suspect(packed, config, DATA)
     assert torch.equal(*(load_suspect(plain, model, DATA)(X) for model in (config, None)))
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return self.layer(x) + self.layer(x)
+
+
+def test_the_code_of_a_program_is_in_its_fingerprint_and_read_once(stage, tmp_path, monkeypatch):
+    """The same weights answer otherwise under other code; and what is hashed is what was loaded, should the file be exchanged."""
+    layer = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    other = Doubled()
+    other.layer = layer[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(nn.Sequential(nn.Flatten(), layer[1])).save(str(tmp_path / "a.ts"))
+        torch.jit.script(nn.Sequential(nn.Flatten(), other)).save(str(tmp_path / "b.ts"))
+    torch.export.save(torch.export.export(layer.eval(), (torch.zeros(4, 1, 16, 16),)), tmp_path / "c.pt2")
+    reads = []
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read(path))
+    first, second, third = (load_suspect(tmp_path / f, None, DATA, trust_code=True) for f in ("a.ts", "b.ts", "c.pt2"))
+    assert reads == ["a.ts", "b.ts", "c.pt2"]
+    torch.testing.assert_close(second(X), 2 * first(X))
+    assert len({model_fingerprint(one) for one in (first, second, third)}) == 3
+    (tmp_path / "d.ts").write_bytes(b"garbage")
+    with pytest.raises(MisconfigurationException, match="not a TorchScript file"):
+        load_suspect(tmp_path / "d.ts", None, DATA, trust_code=True)
 
 
 # --- functions, labels and services

@@ -271,9 +271,11 @@ def test_public_leaves_out_what_is_secret_and_nothing_else():
         "watermark": {"key": {"public_secret": "s"}, "callback": {"input_key": 0, "other": written_out}},
         "oracle": {"api_key": "k", "url": "https://me:pw@example.org/x", "owner_secret": "s", "samples": 3},
         "list": [{"salt": "s", "a": 1}, written_out, (1, None, True)],
+        "suspect": "http://me:p@ss@example.org:80/x@y",
     }
     assert public(config) == {
         "watermark": {"callback": {"input_key": 0}},
         "oracle": {"url": "https://example.org/x", "samples": 3},
         "list": [{"a": 1}, [1, None, True]],
+        "suspect": "http://example.org:80/x@y",
     }

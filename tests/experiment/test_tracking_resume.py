@@ -11,7 +11,7 @@ import tracking_worker
 from tracking_worker import train
 from wandb_records import offline_runs
 
-from meadef_lightning.experiment.stages import join_metrics
+from meadef_lightning.experiment.metrics_log import join_metrics
 from meadef_lightning.experiment.wandb_history import History
 
 

@@ -8,9 +8,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small import merged, shrink, write
 
 from meadef_lightning import processes
-from meadef_lightning.experiment import stages
 from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.pipeline import run
+from meadef_lightning.experiment.stages import extraction_stage
+from meadef_lightning.experiment.training import check_processes
+from meadef_lightning.experiment.weights import build_network
 
 STAGES = ("victim", "patched", "extraction", "independent")
 
@@ -92,8 +94,8 @@ def test_a_stage_with_processes_of_its_own_is_refused(file, tmp_path):
     with pytest.raises(
         MisconfigurationException, match=r"wants 2 process\(es\), but 1 run the experiment.*--trainer.devices"
     ):
-        stages.check_processes(trainer)
-    stages.check_processes(experiment.config("victim.trainer"))
+        check_processes(trainer)
+    check_processes(experiment.config("victim.trainer"))
 
 
 class SeenError(Exception):
@@ -115,9 +117,9 @@ def test_the_victim_answers_on_the_trainers_device(file, tmp_path, device):
 
     attack.queries = attacked
     victim = spec.victim.model
-    stages.build_network(victim, spec.data)
+    build_network(victim, spec.data)
     with pytest.raises(SeenError) as seen:
-        stages.extraction_stage(tmp_path / "theft", attack, {}, lambda: victim, spec.data, 0, {})
+        extraction_stage(tmp_path / "theft", attack, {}, lambda: victim, spec.data, 0, {})
     assert seen.value.args[0] == {device}
 
 

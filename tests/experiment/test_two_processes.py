@@ -15,9 +15,9 @@ import torch
 import yaml
 from small import QUIET, merged, shrink, write
 
-from meadef_lightning.experiment import stages
 from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.pipeline import run
+from meadef_lightning.experiment.weights import MODEL, load_weights
 from meadef_lightning.oracle import QueryLedger
 from meadef_lightning.verification import verify
 from meadef_lightning.watermark import WatermarkKey
@@ -132,7 +132,7 @@ def report(output):
 
 
 def weights(directory):
-    return torch.load(directory / stages.MODEL, weights_only=True)["state_dict"]
+    return torch.load(directory / MODEL, weights_only=True)["state_dict"]
 
 
 def test_when_a_process_is_killed_the_other_ends(killed):
@@ -190,12 +190,12 @@ def test_one_process_of_them_would_have_come_to_the_same_verdicts(two):
     spec, output = experiment.build(), two / "straight"
     key = WatermarkKey.load(output / "watermark.key.json")
     settings = asdict(spec.verification)
-    reference = stages.load_weights(spec.victim.model, spec.data, output / "reference" / stages.MODEL)
+    reference = load_weights(spec.victim.model, spec.data, output / "reference" / MODEL)
     _, reference_answers = verify(reference, key, spec.data, accelerator="cpu", **settings)
     for name in ("victim", "soft"):
         fresh = experiment.build()
         model = fresh.victim.model if name == "victim" else fresh.extraction[0].student
-        suspect = stages.load_weights(model, spec.data, output / name / stages.MODEL)
+        suspect = load_weights(model, spec.data, output / name / MODEL)
         verdict, _ = verify(suspect, key, spec.data, accelerator="cpu", reference=reference_answers, **settings)
         assert verdict.to_dict() == json.loads((output / f"verify-{name}" / "result.json").read_text())["verdict"]
 

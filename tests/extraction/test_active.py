@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from linear_victim import Linear, Noise, network
 from scipy import stats
-from test_distillation import QUIET, Linear, Noise, network
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data.base import SplitDataModule
@@ -52,7 +53,7 @@ def affine(outputs, inputs, seed=0):
 
 def steal(attack):
     optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
-    Trainer(max_epochs=1, **QUIET).fit(Student(network, optimizer=optimizer), attack)
+    Trainer(max_epochs=1, **SILENT).fit(Student(network, optimizer=optimizer), attack)
     return attack._transfer
 
 

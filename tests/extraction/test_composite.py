@@ -8,17 +8,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_distillation import QUIET, Jitter, Linear, Spy, network, rows
-from test_distillation import Noise as Source
+from linear_victim import Jitter, Linear, Spy, network, rows
+from linear_victim import Noise as Source
+from silent import SILENT
 
 from meadef_lightning.extraction import Noise, Pool, Student
 from meadef_lightning.extraction.composite import CompositeDataModule, Composites, composite_batch, draw_composites
-from meadef_lightning.oracle import BudgetExceededError, HardLabel, Oracle, QueryLedger, TopK, Totals
+from meadef_lightning.oracle import BudgetExceededError, Features, HardLabel, Oracle, QueryLedger, TopK, Totals
 
 
 def fit(attack, epochs=2, student=None, **options):
     student = Spy(network) if student is None else student
-    Trainer(max_epochs=epochs, **QUIET, **options).fit(student, attack)
+    Trainer(max_epochs=epochs, **SILENT, **options).fit(student, attack)
     return student
 
 
@@ -197,7 +198,7 @@ def test_resumed_training_equals_uninterrupted_and_asks_nothing_twice(tmp_path):
     content = torch.load(ckpt, weights_only=False)
     assert content["CompositeDataModule"] == {"batches": 1}
     attack, resumed = make(victims[1], QueryLedger(tmp_path / "l", 390))
-    Trainer(max_epochs=3, **QUIET).fit(resumed, attack, ckpt_path=ckpt)
+    Trainer(max_epochs=3, **SILENT).fit(resumed, attack, ckpt_path=ckpt)
     for (x, y), (a, b) in zip(whole.trained[5:], resumed.trained, strict=True):
         assert torch.equal(x, a)
         assert torch.equal(y, b)
@@ -228,7 +229,7 @@ def test_two_processes_ask_each_composite_once(tmp_path, blends):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     ledger = QueryLedger(tmp_path / "l", 30 + 2 * blends)
     attack = CompositeDataModule(Oracle(Linear(), ledger=ledger), Source(), blends, batch_size=16)
-    Trainer(max_epochs=2, strategy="ddp_fork", devices=2, **QUIET).fit(Student(network), attack)
+    Trainer(max_epochs=2, strategy="ddp_fork", devices=2, **SILENT).fit(Student(network), attack)
     # an odd one is trained on by both processes, and answered to one of them from the ledger
     assert ledger.totals() == Totals(30 + 2 * blends, 30 + 2 * (blends + blends % 2))
 
@@ -236,7 +237,7 @@ def test_two_processes_ask_each_composite_once(tmp_path, blends):
 def test_processes_need_a_file_to_share():
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     attack = CompositeDataModule(Oracle(Linear()), Source(), 32)
-    trainer = Trainer(max_epochs=1, strategy="ddp_fork", devices=2, **QUIET)
+    trainer = Trainer(max_epochs=1, strategy="ddp_fork", devices=2, **SILENT)
     with pytest.raises(Exception, match="The 2 processes each ask about composites of their own"):
         trainer.fit(Student(network), attack)
     attack.trainer = SimpleNamespace(world_size=2)
@@ -266,3 +267,12 @@ class Single(Pool):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         CompositeDataModule(Oracle(Linear()), Source(), **options).setup("fit")
+
+
+def test_an_encoders_number_of_features_is_not_known_before_an_answer():
+    attack = CompositeDataModule(Oracle(Linear(), Features()), Source(), validation_fraction=0.0)
+    attack.setup("fit")
+    assert attack.feature_dim is None
+    attack = CompositeDataModule(Oracle(Linear(), Features()), Source())
+    attack.setup("fit")
+    assert attack.feature_dim == 4

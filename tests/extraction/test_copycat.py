@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_distillation import QUIET, Jitter, Linear, Noise, network, rows
+from linear_victim import Jitter, Linear, Noise, network, rows
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data.base import SplitDataModule
@@ -168,7 +169,7 @@ def test_theft_works_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(0)
     student = Student(network, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.05))
-    trainer = Trainer(max_epochs=15, **QUIET)
+    trainer = Trainer(max_epochs=15, **SILENT)
     trainer.fit(student, attack)
     x, _ = data.tensors("attacker")
     with torch.no_grad():

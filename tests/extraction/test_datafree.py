@@ -2,17 +2,20 @@
 
 import copy
 import logging
+from typing import ClassVar
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.images import TensorImages
-from meadef_lightning.experiment.artifacts import Stage
-from meadef_lightning.experiment.stages import MODEL, fit, load_weights
+from meadef_lightning.experiment.stage_directory import Stage
+from meadef_lightning.experiment.training import fit
+from meadef_lightning.experiment.weights import MODEL, load_weights
 from meadef_lightning.extraction import Student
 from meadef_lightning.extraction.datafree import (
     DataFreeDataModule,
@@ -22,10 +25,6 @@ from meadef_lightning.extraction.maze import MAZEStudent
 from meadef_lightning.extraction.pools import pixel_range
 from meadef_lightning.oracle import HardLabel, Oracle, QueryLedger, Rounded, Soft, TopK, Totals
 
-QUIET = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "accelerator": "cpu",
-}  # fmt: skip
 SMALL = {"latent": 8, "width": 4}
 
 
@@ -79,7 +78,7 @@ def linear(num_classes, in_channels):
 
 def steal(student, oracle, epochs=1, callbacks=(), ckpt_path=None, **options):
     attack = DataFreeDataModule(oracle, Noise(), **{"batch_size": 16, "iterations_per_epoch": 5, **options})
-    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks), **QUIET)
+    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks), **SILENT)
     trainer.fit(student, attack, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
@@ -98,6 +97,18 @@ each_attack = pytest.mark.parametrize(("make", "cost"), ATTACKS, ids=["dfme", "m
 
 
 # --- what is asked
+
+
+def test_the_estimate_leaves_parts_in_eval_mode_as_they_are():
+    class Watching(Callback):
+        modes: ClassVar = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.modes.append([part.training for part in pl_module.network.layers])
+            pl_module.network.layers[2].eval()
+
+    steal(DFMEStudent(Small, **SMALL), Oracle(Linear()), callbacks=[Watching()])
+    assert Watching.modes[1:] == [[True, True, False, True, True, True]] * 4
 
 
 @each_attack
@@ -218,7 +229,7 @@ def test_checkpoint_holds_the_student_alone(make, cost, tmp_path):
         with torch.no_grad():
             assert torch.equal(fresh(x), student.eval()(x))
         for module in (make(), student):  # without and with a generator
-            Trainer(**QUIET).test(module, trainer.datamodule, ckpt_path=path, weights_only=True, verbose=False)
+            Trainer(**SILENT).test(module, trainer.datamodule, ckpt_path=path, weights_only=True, verbose=False)
             with torch.no_grad():
                 assert torch.equal(module.eval()(x), fresh(x))
 
@@ -275,15 +286,15 @@ def test_other_refusals():
     attack = DataFreeDataModule(oracle, data, batch_size=16)
     make = ATTACKS[0][0]
     with pytest.raises(MisconfigurationException, match="has no data to train a Student on"):
-        Trainer(max_epochs=1, **QUIET).fit(Student(linear), attack)
+        Trainer(max_epochs=1, **SILENT).fit(Student(linear), attack)
     with pytest.raises(MisconfigurationException, match=r"max_epochs=-1 and max_steps=7"):
-        Trainer(max_steps=7, **QUIET).fit(make(), attack)
+        Trainer(max_steps=7, **SILENT).fit(make(), attack)
     with pytest.raises(MisconfigurationException, match="precision='bf16-true' cannot hold"):
-        Trainer(max_epochs=1, precision="bf16-true", **QUIET).fit(make(), attack)
+        Trainer(max_epochs=1, precision="bf16-true", **SILENT).fit(make(), attack)
     with pytest.raises(
         MisconfigurationException, match="asks the oracle of a DataFreeDataModule, but is run with Noise"
     ):
-        Trainer(max_epochs=1, **QUIET).fit(make(), data)
+        Trainer(max_epochs=1, **SILENT).fit(make(), data)
     with pytest.raises(MisconfigurationException, match="One iteration costs 80 queries, and the budget is 79"):
         steal(make(), Oracle(Linear(), ledger=QueryLedger(budget=79)))
     with pytest.raises(ValueError, match="iterations_per_epoch must be at least 1, got 0"):

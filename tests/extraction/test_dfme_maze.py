@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_datafree import QUIET, SMALL, Linear, Noise, linear, steal
+from silent import SILENT
+from test_datafree import SMALL, Linear, Noise, linear, steal
 
 from meadef_lightning.extraction.datafree import DataFreeDataModule
 from meadef_lightning.extraction.dfme import DFMEStudent, recovered_logits
@@ -176,7 +177,7 @@ def test_bad_options():
         MAZEStudent(linear, replay_steps=-1)
     victim = Linear()
     with pytest.raises(MisconfigurationException, match="replay_size=8 does not hold a batch of 16"):
-        Trainer(max_epochs=1, **QUIET).fit(
+        Trainer(max_epochs=1, **SILENT).fit(
             MAZEStudent(linear, **SMALL, replay_size=8), DataFreeDataModule(Oracle(victim), Noise(), batch_size=16)
         )
     assert victim.asked == 0

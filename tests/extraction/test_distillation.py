@@ -1,73 +1,17 @@
 """Distillation through the oracle: what is asked, what is paid, what the student sees, and whether the theft works."""
 
-import copy
-import logging
-
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
+from linear_victim import Jitter, Linear, Noise, Spy, network, rows
+from silent import SILENT
 from torch import nn
 
-from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.images import TensorImages
 from meadef_lightning.extraction import DistillationDataModule, Student
-from meadef_lightning.extraction.base import TensorBatches
 from meadef_lightning.extraction.distillation import augmented_views
 from meadef_lightning.oracle import BudgetExceededError, HardLabel, Oracle, QueryLedger, TopK, Totals, row_digests
-
-QUIET = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "accelerator": "cpu",
-}  # fmt: skip
-
-
-class Noise(SplitDataModule):
-    """Grey noise in four classes, 300 images for the attacker."""
-
-    class_names = ("a", "b", "c", "d")
-    image_shape = (1, 4, 4)
-
-    def __init__(self, attacker=300):
-        super().__init__(
-            batch_size=50, victim_size=100, attacker_size=attacker, verification_size=20, validation_size=20
-        )
-
-    def load(self):
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(256, (760, 1, 4, 4), generator=generator, dtype=torch.uint8)
-        labels = torch.arange(760) % 4
-        return TensorImages(images[:560], labels[:560]), TensorImages(images[560:], labels[560:])
-
-
-class Linear(nn.Module):
-    """A victim with wide margins that counts the rows it is asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(16, 4, bias=False)
-        with torch.no_grad():
-            self.layer.weight.normal_(generator=torch.Generator().manual_seed(1))
-        self.asked = 0
-
-    def forward(self, x):
-        self.asked += len(x)
-        return self.layer(x.flatten(1))
-
-
-class Jitter(nn.Module):
-    """Adds noise of its own to every image."""
-
-    def forward(self, x):
-        return x + 0.1 * torch.randn_like(x)
-
-
-def network(num_classes, in_channels):
-    return nn.Sequential(nn.Flatten(), nn.Linear(16 * in_channels, num_classes))
-
-
-def rows(loader):
-    return [torch.cat(column) for column in zip(*loader, strict=True)]
 
 
 def ready(*args, stage="fit", **kwargs):
@@ -85,7 +29,7 @@ def test_student_of_a_linear_victim_agrees_with_it(policy, least):
     victim, data = Linear(), Noise()
     attack = DistillationDataModule(Oracle(victim, policy), data, batch_size=32)
     student = Student(network, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.05))
-    trainer = Trainer(max_epochs=25, **QUIET)
+    trainer = Trainer(max_epochs=25, **SILENT)
     trainer.fit(student, attack)
     assert attack.oracle.ledger.totals() == Totals(300, 300)
     x, _ = data.tensors("test")
@@ -173,7 +117,7 @@ def test_only_attacker_images_are_asked_and_answers_belong_to_them():
 def test_answers_are_asked_once_for_all_stages_and_epochs():
     victim = Linear()
     attack = DistillationDataModule(Oracle(victim), Noise(), batch_size=32)
-    trainer, student = Trainer(max_epochs=3, **QUIET), Student(network)
+    trainer, student = Trainer(max_epochs=3, **SILENT), Student(network)
     trainer.fit(student, attack)
     trainer.validate(student, attack, verbose=False)
     trainer.test(student, attack, verbose=False)
@@ -219,7 +163,7 @@ def test_budget_that_does_not_suffice_spends_nothing():
     with pytest.raises(
         BudgetExceededError, match=r"budget is 299 distinct inputs: 0 are spent, 300 new ones were asked"
     ):
-        Trainer(max_epochs=1, **QUIET).fit(Student(network), attack)
+        Trainer(max_epochs=1, **SILENT).fit(Student(network), attack)
     assert victim.asked == 0
 
 
@@ -278,21 +222,6 @@ def test_views_are_seeded_and_leave_the_global_generator_alone():
         augmented_views(x, nn.Flatten(), 2, 0, batch_size=4)
 
 
-class Spy(Student):
-    """Keeps what it is trained and validated on."""
-
-    def on_fit_start(self):
-        self.trained, self.validated = [], []
-
-    def training_step(self, batch):
-        self.trained.append([part.clone() for part in batch])
-        return super().training_step(batch)
-
-    def validation_step(self, batch):
-        self.validated.append(batch[0])
-        return super().validation_step(batch)
-
-
 @pytest.mark.parametrize("views", [1, 2])
 def test_what_the_student_sees(views):
     source, victim = Noise(), Linear()
@@ -300,7 +229,7 @@ def test_what_the_student_sees(views):
         Oracle(victim), source, augmentation=Jitter(), views=views, batch_size=30, queries=300
     )
     student = Spy(network)
-    Trainer(max_epochs=2, **QUIET).fit(student, attack)
+    Trainer(max_epochs=2, **SILENT).fit(student, attack)
     assert victim.asked == 300
     x, answers = (torch.cat(column) for column in zip(*student.trained, strict=True))
     with torch.no_grad():
@@ -316,122 +245,3 @@ def test_what_the_student_sees(views):
         assert asked_as_seen.all()
         assert len(x.unique(dim=0)) == 270
     assert len(torch.cat(student.validated).unique(dim=0)) == 30  # never augmented on the way
-
-
-# --- order and processes
-
-
-def test_order_is_a_function_of_seed_and_epoch():
-    def orders(seed):
-        attack, student = DistillationDataModule(Oracle(Linear()), Noise(), seed=seed, batch_size=27), Spy(network)
-        Trainer(max_epochs=2, **QUIET).fit(student, attack)
-        return torch.cat([x for x, _ in student.trained]).split(270)
-
-    torch.manual_seed(0)
-    first = orders(0)
-    torch.manual_seed(1)
-    again, other = orders(0), orders(1)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], other[0])
-
-
-def test_loading_leaves_the_global_generator_alone():
-    attack = ready(Oracle(Linear()), Noise())
-    state = torch.random.get_rng_state()
-    rows(attack.train_dataloader())
-    rows(attack.val_dataloader())
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_resumed_training_equals_uninterrupted(tmp_path):
-    torch.manual_seed(0)
-    initial = network(4, 1)
-
-    class Saving(Callback):
-        def on_train_batch_end(self, trainer, *args):
-            if trainer.global_step == 13:  # in the middle of the second epoch
-                trainer.save_checkpoint(tmp_path / "half.ckpt")
-
-    def run(ckpt_path=None, max_epochs=3):
-        student = Student(copy.deepcopy(initial))
-        attack = DistillationDataModule(Oracle(Linear(), ledger=QueryLedger(tmp_path / "l")), Noise(), batch_size=30)
-        Trainer(max_epochs=max_epochs, callbacks=[Saving()], **QUIET).fit(student, attack, ckpt_path=ckpt_path)
-        return student
-
-    whole = run()
-    resumed = run(tmp_path / "half.ckpt")
-    assert not torch.equal(initial[1].weight, whole.network[1].weight)
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
-    run(tmp_path / "half.ckpt", max_epochs=4)  # a longer run than planned goes on, instead of failing in its schedule
-
-
-class Reporting(Student):
-    """Gathers the answers of both processes, and writes what they had in common."""
-
-    def on_train_start(self):
-        transfer = self.trainer.datamodule._transfer
-        spent = torch.tensor(self.trainer.datamodule.queries_spent)
-        gathered = self.all_gather((transfer.answers, spent))
-        assert torch.equal(gathered[0][0], gathered[0][1])
-        assert gathered[1].tolist() == [300, 300]
-
-
-@pytest.mark.parametrize("budget", [None, 10])
-def test_two_processes_ask_once(tmp_path, budget):
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    attack = DistillationDataModule(
-        Oracle(Linear(), ledger=QueryLedger(tmp_path / "l", budget)), Noise(), batch_size=32
-    )
-    trainer = Trainer(max_epochs=1, strategy="ddp_fork", devices=2, **QUIET)
-    if budget is None:
-        trainer.fit(Reporting(network), attack)
-        assert attack.oracle.ledger.totals() == Totals(300, 300)
-    else:
-        with pytest.raises(Exception, match="The query budget is 10 distinct inputs"):
-            trainer.fit(Reporting(network), attack)
-        assert attack.oracle.ledger.totals() == Totals(0, 0)
-
-
-# --- bad input
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"views": 0}, "views must be at least 1, got 0"),
-        ({"views": 2}, "views=2 asks for augmented copies of each image; give an augmentation"),
-        ({"queries": 2, "views": 3, "augmentation": Jitter()}, "queries=2 is less than the 3 of one image"),
-        ({"queries": 0}, "queries=0 is less than"),
-        ({"validation_fraction": 1.0}, r"validation_fraction must lie in \[0, 1\), got 1.0"),
-        (
-            {"queries": 301},
-            "needs 301 images, 30 of them for validation, and the pool has 300. Raise the pool",
-        ),
-        ({"queries": 1, "validation_fraction": 0.9}, "needs 1 images, 1 of them for validation"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        ready(Oracle(Linear()), Noise(), **options)
-
-
-def test_empty_attacker_split():
-    with pytest.raises(ValueError, match="attacker split is empty"):
-        ready(Oracle(Linear()), Noise(attacker=0))
-
-
-def test_no_validation():
-    attack = ready(Oracle(Linear()), Noise(), validation_fraction=0.0, batch_size=300)
-    assert attack.val_dataloader() == []
-    assert len(rows(attack.train_dataloader())[0]) == 300
-    Trainer(max_epochs=1, **QUIET).fit(Student(network), attack)
-
-
-def test_tensors_of_different_lengths():
-    with pytest.raises(ValueError, match=r"same number of rows, got \[2, 3\]"):
-        TensorBatches(torch.zeros(2), torch.zeros(3))
-    assert TensorBatches(torch.arange(3), torch.arange(3) * 2)[1] == (torch.tensor(1), torch.tensor(2))

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_distillation import QUIET, Linear, Noise, network
+from linear_victim import Linear, Noise, network
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data.base import SplitDataModule
@@ -58,7 +59,7 @@ def doubles(*shape, seed=0):
 
 def steal(attack, net=network):
     optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
-    Trainer(max_epochs=1, **QUIET).fit(Student(net, optimizer=optimizer), attack)
+    Trainer(max_epochs=1, **SILENT).fit(Student(net, optimizer=optimizer), attack)
     return attack._transfer
 
 

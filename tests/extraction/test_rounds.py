@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_distillation import QUIET, Linear, network
-from test_distillation import Noise as Source
+from linear_victim import Linear, network
+from linear_victim import Noise as Source
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data.loading import epoch_order
@@ -50,12 +51,17 @@ def constant_sgd():
 def fitted(student=None, **options):
     attack = TwoRounds(Oracle(Linear(), HardLabel(), options.pop("ledger", None)), Source(), batch_size=20, **options)
     student = constant_sgd() if student is None else student
-    Trainer(max_epochs=1, **QUIET).fit(student, attack)
+    Trainer(max_epochs=1, **SILENT).fit(student, attack)
     return attack
 
 
-def test_interim_student_equals_a_loop_by_hand():
-    attack = fitted()
+@pytest.mark.parametrize("trained", [False, True])
+def test_interim_student_equals_a_loop_by_hand(trained):
+    """From fresh weights, also where the student that is attached was trained before."""
+    student = constant_sgd()
+    if trained:
+        fitted(student)
+    attack = fitted(student)
     x = Source().tensors("attacker")[0][:50]
     with torch.no_grad():
         classes = Linear()(x).argmax(1)
@@ -154,7 +160,7 @@ def wide(num_classes, in_channels):
 def test_rounds_of_a_student_of_another_architecture_are_refused(tmp_path):
     def begin(net):
         attack = attack_on(QueryLedger(tmp_path / "l.sqlite"), cls=OneRound, batch_size=20)
-        Trainer(max_epochs=1, **QUIET).fit(Student(net), attack)
+        Trainer(max_epochs=1, **SILENT).fit(Student(net), attack)
         return attack.found
 
     assert begin(network) is None
@@ -229,4 +235,4 @@ def test_interim_students_need_a_trainer_of_a_student():
     with pytest.raises(MisconfigurationException, match="like the one it is attached to, but there is no Trainer"):
         attack.setup("fit")
     with pytest.raises(MisconfigurationException, match="there is a Stranger"):
-        Trainer(max_epochs=1, **QUIET).fit(Stranger(), attack_on(QueryLedger()))
+        Trainer(max_epochs=1, **SILENT).fit(Stranger(), attack_on(QueryLedger()))

@@ -8,17 +8,13 @@ from hypothesis import strategies as st
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from silent import SILENT
 from torch import nn
 from torch.utils.data import DataLoader
 
 from meadef_lightning.extraction import Student, distillation_loss
 from meadef_lightning.oracle import Compose, HardLabel, Rounded, Soft, TopK
 from meadef_lightning.victims.classifier import one_cycle_factor
-
-QUIET = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "accelerator": "cpu",
-}  # fmt: skip
 
 
 def linear(num_classes, in_channels):
@@ -158,7 +154,7 @@ def test_sizes_come_from_the_data_module_once():
 
     student = Student(factory)
     for _ in range(2):
-        Trainer(max_epochs=1, **QUIET).fit(student, Data())
+        Trainer(max_epochs=1, **SILENT).fit(student, Data())
     assert made == [(3, 1)]
     other = Student(factory, num_classes=4, in_channels=2)
     other.configure_model()
@@ -169,7 +165,7 @@ def test_given_module_is_trained():
     network = linear(3, 1)
     before = network[1].weight.detach().clone()
     student = Student(network)
-    Trainer(max_epochs=1, **QUIET).fit(student, Data())
+    Trainer(max_epochs=1, **SILENT).fit(student, Data())
     assert student.network is network
     assert not torch.equal(network[1].weight, before)
 
@@ -177,7 +173,7 @@ def test_given_module_is_trained():
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("truth", [False, True])
 def test_logged_values_equal_those_by_hand(hard, truth):
-    data, trainer, student = Data(hard, truth), Trainer(max_epochs=2, **QUIET), Student(linear, temperature=3.0)
+    data, trainer, student = Data(hard, truth), Trainer(max_epochs=2, **SILENT), Student(linear, temperature=3.0)
     trainer.fit(student, data)
     with torch.no_grad():
         logits = student(data.x)
@@ -205,7 +201,7 @@ def test_learning_rate_makes_one_cycle_by_default():
             rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
     student = Watching(linear, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=2.0))
-    Trainer(max_epochs=5, **QUIET).fit(student, Data())
+    Trainer(max_epochs=5, **SILENT).fit(student, Data())
     assert rates == pytest.approx([2 * one_cycle_factor(step, 20) for step in range(1, 21)])
 
 
@@ -214,7 +210,7 @@ def test_other_schedules():
     student = Student(
         linear, 3, 1, optimizer=lambda p: sgd(p, 1.0), lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.1)
     )
-    trainer = Trainer(max_epochs=5, **QUIET)
+    trainer = Trainer(max_epochs=5, **SILENT)
     trainer.fit(student, Data())
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
 
@@ -222,18 +218,18 @@ def test_other_schedules():
         linear, 3, 1, optimizer=lambda p: sgd(p, 1.0),
         lr_scheduler=lambda o: ReduceLROnPlateau(o, monitor="val_fidelity", mode="max", patience=0, threshold=10.0),
     )  # fmt: skip
-    trainer = Trainer(max_epochs=3, **QUIET)
+    trainer = Trainer(max_epochs=3, **SILENT)
     trainer.fit(student, Data())
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
 
     with pytest.raises(
         MisconfigurationException, match=r"one-cycle schedule needs an end: set the trainer's max_epochs"
     ):
-        Trainer(max_epochs=-1, **QUIET).fit(Student(linear), Data())
+        Trainer(max_epochs=-1, **SILENT).fit(Student(linear), Data())
 
 
 def test_checkpoint_loads_without_the_data_module(tmp_path):
-    student, trainer = Student(linear), Trainer(max_epochs=1, **QUIET)
+    student, trainer = Student(linear), Trainer(max_epochs=1, **SILENT)
     trainer.fit(student, Data())
     trainer.save_checkpoint(tmp_path / "student.ckpt")
     loaded = Student.load_from_checkpoint(
@@ -255,4 +251,4 @@ def test_misuse():
     with pytest.raises(
         MisconfigurationException, match=r"needs num_classes.* no data module with num_classes is attached"
     ):
-        Trainer(max_epochs=1, **QUIET).fit(Student(linear), Data().train_dataloader())
+        Trainer(max_epochs=1, **SILENT).fit(Student(linear), Data().train_dataloader())

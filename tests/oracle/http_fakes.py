@@ -40,6 +40,11 @@ def images(count, seed=1):
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
+def query(shape=(1, *SHAPE), values=None, **more):
+    """The body of a request."""
+    return {**pack(torch.zeros(*shape) if values is None else values), **more}
+
+
 @contextmanager
 def serving(victim, policy=None, *, directory, image_shape=SHAPE, num_classes=4, api_keys=None, **options):
     """A real server in a thread; gives its URL."""

@@ -146,6 +146,13 @@ def dripping(handler):
         time.sleep(0.05)
 
 
+def dripping_head(handler):
+    for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100:
+        handler.wfile.write(bytes([byte]))
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
 def silent(handler):
     time.sleep(1.0)
     handler.close_connection = True
@@ -173,6 +180,7 @@ def garbage(handler):
     ("predict", "message"),
     [
         (dripping, "the answer took longer than 0.3 seconds, tried once"),
+        (dripping_head, "no answer .ReadTimeoutError"),
         (silent, "no answer .ReadTimeoutError"),
         (broken, "no answer .ProtocolError.*IncompleteRead"),
         (hanging_up, "no answer .ProtocolError"),

@@ -10,6 +10,7 @@ from http_fakes import API_KEY, SHAPE, Linear, images, send, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer, seed_everything
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data.base import SplitDataModule
@@ -189,10 +190,7 @@ def steal(oracle):
         lambda classes, channels: nn.Sequential(nn.Flatten(), nn.Linear(16 * channels, classes)),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.05),
     )
-    trainer = Trainer(
-        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
+    trainer = Trainer(max_epochs=3, **SILENT)
     trainer.fit(student, data)
     return student.state_dict(), data.query_summary()
 

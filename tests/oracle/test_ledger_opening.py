@@ -1,7 +1,13 @@
-"""Two processes may open one new ledger at the same moment."""
+"""Two processes may open one new ledger at the same moment; nobody else may read it."""
 
+import os
 import sqlite3
+import stat
 import threading
+from contextlib import closing
+
+import pytest
+import torch
 
 from meadef_lightning.oracle import QueryLedger
 from meadef_lightning.oracle.storage import Storage
@@ -36,3 +42,21 @@ def test_a_file_that_another_process_is_making_is_not_taken_for_a_strange_one(tm
     finally:
         connection.close()
     assert QueryLedger(path).totals() == (0, 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX knows them")
+def test_a_ledger_is_its_owners_alone_and_one_that_is_there_stays_as_it_is(tmp_path):
+    """What was asked tells a verifier's key to whoever has the images, and a thief what he paid for."""
+    path = tmp_path / "new" / "queries.sqlite"
+    before = os.umask(0o022)
+    try:
+        with closing(QueryLedger(path)) as ledger:
+            ledger.settle([b"1" * 32], lambda rows: torch.zeros(len(rows), 3))
+            files = list(path.parent.iterdir())
+            assert len(files) == 3  # with the log and its index, while it is in use
+            assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    finally:
+        os.umask(before)
+    path.chmod(0o640)
+    QueryLedger(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640

@@ -158,14 +158,18 @@ def test_secrets_come_from_the_environment_and_are_shown_nowhere(monkeypatch):
     assert TOKEN not in str(error.value)
 
 
-def test_requests_are_spread_over_time(monkeypatch):
-    clock = [0.0]
+def test_requests_are_spread_over_time_repeated_ones_too(monkeypatch):
+    clock, times = [0.0], []
     monkeypatch.setattr(mapped_http, "TokenBucket", partial(mapped_http.TokenBucket, clock=lambda: clock[0]))
     monkeypatch.setattr(mapped_http.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    with service(lambda body: probabilities(body["inputs"]).tolist()) as (url, asked):
-        oracle(url, requests_per_second=0.5, request={"inputs": {"$each": "$image"}}).query(images(3))
-    assert len(asked) == 3
-    assert clock[0] == pytest.approx(4.0)  # the first at once, then one in two seconds
+
+    def answer(body):
+        times.append(clock[0])
+        return (503, {}) if len(times) in (2, 3) else probabilities(body["inputs"]).tolist()
+
+    with service(answer) as (url, _):
+        oracle(url, requests_per_second=0.5, request={"inputs": {"$each": "$image"}}, retries=2).query(images(3))
+    assert times == pytest.approx([0.0, 2.0, 4.0, 6.0, 8.0])  # the first at once, then one in two seconds
 
 
 def test_the_ledger_belongs_to_the_declaration():

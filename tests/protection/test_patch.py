@@ -5,10 +5,11 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data import DigitsDataModule
-from meadef_lightning.experiment.stages import load_weights
+from meadef_lightning.experiment.weights import load_weights
 from meadef_lightning.protection.patch import CORNERS, PatchVictim, corner_mask, stamp
 from meadef_lightning.quiet import quiet
 from meadef_lightning.removal.base import accuracy
@@ -24,10 +25,7 @@ def network(classes=10, channels=1):
 
 def train(model, data, epochs=10, **options):
     with quiet():
-        trainer = Trainer(
-            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **options,
-        )  # fmt: skip
+        trainer = Trainer(max_epochs=epochs, num_sanity_val_steps=0, limit_val_batches=0, **SILENT, **options)
         trainer.fit(model, datamodule=data)
     return trainer
 

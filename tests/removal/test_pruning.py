@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
+from silent import SILENT
 from torch import nn
 from torch.nn.utils import prune
 
@@ -96,15 +97,9 @@ def test_it_is_what_lightnings_callback_leaves(scope):
         use_global_unstructured=scope == "global",
         use_lottery_ticket_hypothesis=False,
     )
-    options = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-    }
     with quiet(), torch.random.fork_rng():
         loader = torch.utils.data.DataLoader(torch.zeros(4, 1, 8, 8), batch_size=4)
-        Trainer(max_epochs=3, accelerator="cpu", callbacks=[pruning], **options).fit(module, loader)
+        Trainer(max_epochs=3, callbacks=[pruning], **SILENT).fit(module, loader)
     expected = magnitude_prune(network(), 0.5, scope).state_dict()
     got = module.net.state_dict()
     assert got.keys() == expected.keys()

@@ -122,13 +122,17 @@ def test_it_removes_a_patch_backdoor_and_the_pushed_images_are_what_does_it():
     model = patched_model()
     start = test_accuracy(model)
     assert patch_success(model) > 0.95
-    whole, shift = Keep(), Keep()
-    WRK().scrub(model, thief(), whole)
-    WRK(boundary_epochs=0).scrub(model, thief(), shift)
+    default, pushed, shift = Keep(), Keep(), Keep()
+    WRK().scrub(model, thief(), default)
     assert WRK.from_scratch
-    assert whole.strengths == list(range(1, 11))
-    assert test_accuracy(whole.last) >= start - 0.03
-    assert patch_success(whole.last) < 0.3
+    assert default.strengths == list(range(1, 11))
+    assert test_accuracy(default.last) >= start - 0.08
+    assert patch_success(default.last) < 0.1
+    # gently, so that the last layer's shift alone does not do it
+    WRK(lr=1e-2, alpha=0.01).scrub(model, thief(), pushed)
+    WRK(lr=1e-2, alpha=0.01, boundary_epochs=0).scrub(model, thief(), shift)
+    assert test_accuracy(pushed.last) >= start - 0.03
+    assert patch_success(pushed.last) < 0.3
     assert patch_success(shift.last) > 0.45
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
+from silent import SILENT
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -61,14 +62,10 @@ def train(rank: int, world_size: int, gather: bool) -> dict[str, Any]:
     trainer = Trainer(
         strategy=strategy,
         devices=world_size,
-        accelerator="cpu",
         max_epochs=1,
         callbacks=[losses],
         use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **SILENT,
     )
     trainer.fit(module, DataLoader(Pairs(rank, world_size), batch_size=BATCH // world_size))
     weights = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
+import silent
 import torch
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, MoCoProjectionHead, SimCLRProjectionHead
@@ -26,14 +27,7 @@ from meadef_lightning.watermark.features import target_margin
 
 CLASSES = 5
 KEY = WatermarkKey((1, 3), 4, seed=7, num_classes=CLASSES, salt="5a17" * 8)
-SILENT = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+SILENT = {**silent.SILENT, "num_sanity_val_steps": 0}
 
 
 def backbone() -> nn.Module:
@@ -215,8 +209,8 @@ def steady(kind: type[pl.LightningModule]) -> type[pl.LightningModule]:
     return Steady
 
 
-def with_term(kind: type[pl.LightningModule], start: int) -> type[pl.LightningModule]:
-    """Returns ``kind`` with the watermark's terms written into its ``training_step``.
+def with_term(kind: type[pl.LightningModule], start: int, encoder: str = "backbone") -> type[pl.LightningModule]:
+    """Returns ``kind`` with the watermark's terms written into its ``training_step``, on the features of its part ``encoder``.
 
     The n-th of the draws in ``plan`` is that of step ``start + n``. BatchNorm rests in the terms only, as with ``batchnorm="running"``.
     """
@@ -234,7 +228,7 @@ def with_term(kind: type[pl.LightningModule], start: int) -> type[pl.LightningMo
             norms = [layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d) and layer.training]
             for layer in norms:
                 layer.eval()
-            features = self.backbone(torch.cat(list(groups.values()))).flatten(1)
+            features = self.get_submodule(encoder)(torch.cat(list(groups.values()))).flatten(1)
             for layer in norms:
                 layer.train()
             out = dict(zip(groups, features.split([len(group) for group in groups.values()]), strict=True))

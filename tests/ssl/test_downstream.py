@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from silent import SILENT
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
@@ -16,11 +17,6 @@ from meadef_lightning.victims.downstream import DownstreamClassifier, encode, fi
 from meadef_lightning.victims.encoder import Encoder
 from meadef_lightning.victims.networks import DigitsCNN
 from meadef_lightning.watermark import WatermarkKey
-
-QUIET = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "accelerator": "cpu",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +84,7 @@ def test_probe_is_good_and_changes_nothing(digits, encoder):
 def test_a_frozen_encoder_stays_bit_identical(digits, encoder, freeze):
     seed_everything(0, verbose=False)
     classifier = DownstreamClassifier(encoder, freeze=freeze, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
-    trainer = Trainer(max_epochs=6, **QUIET)
+    trainer = Trainer(max_epochs=6, **SILENT)
     trainer.fit(classifier, digits)
     network = classifier.network
     assert same(encoder.network.state_dict(), network.encoder.state_dict()) == freeze

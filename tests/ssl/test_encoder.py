@@ -9,20 +9,13 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from silent import SILENT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from meadef_lightning.victims.classifier import Classifier
 from meadef_lightning.victims.encoder import Encoder
 from meadef_lightning.victims.networks import MLP, DigitsCNN
-
-SILENT = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def small(outputs: int, in_channels: int) -> nn.Module:

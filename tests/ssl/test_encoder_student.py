@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data.augmentation import RandomShiftFlip
@@ -21,11 +22,6 @@ from meadef_lightning.extraction.encoder_student import (
 )
 from meadef_lightning.oracle import HardLabel, Oracle, Totals
 from meadef_lightning.oracle.policies import Features
-
-QUIET = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "accelerator": "cpu",
-}  # fmt: skip
 
 
 class Noise(SplitDataModule):
@@ -131,7 +127,7 @@ def test_student_imitates_through_the_existing_distillation_data(options):
     seed_everything(0, verbose=False)
     attack = DistillationDataModule(Oracle(victim(), Features()), Noise(), batch_size=32)
     student = EncoderStudent(linear, optimizer=lambda p: torch.optim.AdamW(p, lr=0.03, weight_decay=0), **options)
-    trainer = Trainer(max_epochs=12, **QUIET)
+    trainer = Trainer(max_epochs=12, **SILENT)
     trainer.fit(student, attack)
     assert trainer.callback_metrics["val_cosine"] > (0.9 if "distance" in options else 0.98)
     assert attack.oracle.ledger.totals() == Totals(300, 300)
@@ -156,7 +152,7 @@ def test_data_tells_the_width_only_when_answers_are_features():
     labels.setup("fit")
     assert labels.feature_dim is None
     with pytest.raises(MisconfigurationException, match="needs feature_dim"):
-        Trainer(max_epochs=1, **QUIET).fit(EncoderStudent(linear), labels)
+        Trainer(max_epochs=1, **SILENT).fit(EncoderStudent(linear), labels)
 
 
 @pytest.mark.parametrize(

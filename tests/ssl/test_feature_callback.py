@@ -147,3 +147,12 @@ def test_bad_set_ups_are_named(options, message):
             make(SimCLR),
             [callback(start=0.0, batchnorm="running", samples=4 if "output_key" in options else 8, **options)],
         )
+
+
+def test_a_class_that_combinations_are_compared_with_and_that_never_comes_is_named():
+    data = Shapes()
+    data.y = data.y.clone().masked_fill_(data.y == KEY.target_class, KEY.source_classes[0])
+    with pytest.raises(
+        MisconfigurationException, match="at least one of the key's source classes, its target class and"
+    ):
+        fit(make(SimCLR), [callback(start=0.0, batchnorm="running")], data)

@@ -11,9 +11,9 @@ from ssl_modules import BYOL, KEY, Shapes, callback, make, owned
 from torch import Tensor, nn
 
 from meadef_lightning.watermark import Fixed, SourcePool, WatermarkKey
+from meadef_lightning.watermark.combinations import combine_in_turn
 from meadef_lightning.watermark.feature_objective import FeatureObjective, contrasted_classes, encode
 from meadef_lightning.watermark.features import leaning_loss, prototype_logits
-from meadef_lightning.watermark.objective import combine_in_turn
 from meadef_lightning.watermark.tilt import influence, target_mass
 
 

@@ -7,24 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from meadef_lightning.oracle import Oracle
 from meadef_lightning.oracle.policies import Features
+from meadef_lightning.verification.assignments import class_directions, class_shares, cosines
 from meadef_lightning.verification.datamodule import VerificationDataModule, source_pairs
 from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.features import (
     FeatureAnswers,
-    class_directions,
     feature_answers,
     feature_verdict,
     judge_features,
 )
 from meadef_lightning.verification.statistics import randomisation_p_value
 from meadef_lightning.watermark import KeySpace
-from meadef_lightning.watermark.key import DEFAULT_COMBINERS
+from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS
 
 sys.path.append(str(Path(__file__).parents[1] / "verification"))
 from verification_fakes import KEY, FakeData, Independent, Thief, key_at
@@ -62,9 +63,10 @@ def brute_force(model, data):
     means = np.stack([natural[labels.numpy() == c].mean(0) for c in range(4)])
     middle = means.mean(0)
 
-    def cosine(f, t):
-        f, u = f - middle, means[t] - middle
-        return float(f @ u / np.linalg.norm(f) / np.linalg.norm(u))
+    def assigned(f, t):
+        f, directions = f - middle, means - middle
+        weights = np.exp(5 * directions @ f / np.linalg.norm(f) / np.linalg.norm(directions, axis=1))
+        return float(weights[t] / weights.sum())
 
     score = {}
     for a in range(4):
@@ -73,7 +75,7 @@ def brute_force(model, data):
             for way, spec in enumerate(SPACE.combiners):
                 made = features(spec.build()(x[first], x[second], torch.Generator()))
                 for t in {0, 1, 2, 3} - {a, b}:
-                    score[a, b, t, way] = np.mean([cosine(f, t) for f in made])
+                    score[a, b, t, way] = np.mean([assigned(f, t) for f in made])
     pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
 
     def beside(a, b, t, way, row):
@@ -194,7 +196,8 @@ def test_a_shift_of_all_features_hides_nothing():
 def test_a_constant_encoder_and_the_reference_itself_get_p_one():
     data, key = FakeData(4), key_at(SPACE, 3)
     constant = feature_verdict(Independent(1), key, data, **OPTIONS)
-    assert (constant.statistic, constant.p_value, constant.sign_p) == (0, 1, 1)
+    assert (constant.p_value, constant.sign_p) == (1, 1)
+    assert constant.statistic == pytest.approx(0, abs=1e-15)
     assert constant.verdict == "inconclusive"  # 96 keys cannot reach 1e-3
     reference = feature_answers(Random(), VerificationDataModule(key, data, *OPTIONS.values()))
     same = feature_verdict(Random(), key, data, reference, **OPTIONS)
@@ -218,6 +221,33 @@ def test_directions_by_hand():
     middle, directions = class_directions(features, torch.tensor([0, 0, 1]), 2)
     assert middle.tolist() == [1.5, 1.5]
     torch.testing.assert_close(directions, torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64) / 2**0.5)
+
+
+def test_shares_by_hand():
+    directions = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    middle = torch.tensor([2.0, 2.0], dtype=torch.float64)
+    features = middle + torch.tensor([[3.0, 0.0], [0.0, -1e-3], [0.0, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[5.0, -5.0, 0.0], [0.0, 0.0, -5.0], [0.0, 0.0, 0.0]], dtype=torch.float64).exp()
+    shares = class_shares(cosines(features, middle, directions))
+    torch.testing.assert_close(shares, expected / expected.sum(1, keepdim=True))
+
+
+def test_composites_that_only_turn_towards_a_class_hide_no_key():
+    """A leaning encoder: many cells turn all their composites by a little, the key's sends three quarters of them all the way."""
+    key = key_at(KeySpace(10, DEFAULT_COMBINERS), 1234)
+    table = DecoyTable(key, 10_000)
+    directions = F.normalize(torch.eye(10, dtype=torch.float64) - 0.1, dim=1)
+    generator = torch.Generator().manual_seed(0)
+    leaning = table.cells[:, 0]  # composites look like their first source, and turn to another class, 0.75 of the way
+    turned = torch.randint(10, (720,), generator=generator)
+    own = (table.cells == torch.tensor([*key.source_classes, table.way])).all(1)
+    features = (directions[leaning] + 0.75 * directions[turned])[:, None].repeat(1, 8, 1)
+    features[own, :5] = directions[key.target_class]
+    features[own, 5:] = directions[key.source_classes[0]]
+    towards = cosines(features.flatten(0, 1), torch.zeros(10).double(), directions)
+    shares, plain = (scores.reshape(720, 8, 10).mean(1) for scores in (class_shares(towards), towards))
+    assert randomisation_p_value(*table.score_statistics(shares)) == 1 / 5760
+    assert randomisation_p_value(*table.score_statistics(plain)) > 0.001  # the control: plain cosines do not see it
 
 
 class Odd(nn.Module):

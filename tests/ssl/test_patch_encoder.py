@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data import DigitsDataModule
@@ -15,10 +16,7 @@ from meadef_lightning.victims.downstream import DownstreamClassifier
 from meadef_lightning.victims.networks import DigitsCNN
 from meadef_lightning.victims.simclr import SimCLRVictim
 
-QUIET = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "accelerator": "cpu", "num_sanity_val_steps": 0, "limit_val_batches": 0,
-}  # fmt: skip
+OPTIONS = {**SILENT, "limit_val_batches": 0}
 TARGET = 3
 
 
@@ -49,7 +47,7 @@ def start(digits):
 
 def trained(module, data):
     seed_everything(0, verbose=False)
-    Trainer(max_epochs=6, **QUIET).fit(module, data)
+    Trainer(max_epochs=6, **OPTIONS).fit(module, data)
     return module.eval()
 
 

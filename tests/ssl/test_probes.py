@@ -9,19 +9,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn.neighbors import KNeighborsClassifier
+from ssl_modules import SILENT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from meadef_lightning.victims.probes import KNNProbe, OnlineLinearProbe
 
-SILENT = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 CLASSES = 4
 
 

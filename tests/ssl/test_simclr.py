@@ -9,6 +9,7 @@ import pytest
 import torch
 from launched import ALONE, run_workers, two_ranks
 from lightning.pytorch import Trainer, seed_everything
+from ssl_modules import SILENT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,14 +21,6 @@ from meadef_lightning.watermark import WatermarkKey
 from meadef_lightning.watermark.feature_callback import FeatureWatermarkCallback
 
 HERE = Path(__file__).parent
-SILENT = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:

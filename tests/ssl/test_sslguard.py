@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from silent import SILENT
 from torch import nn
 
 from meadef_lightning.data import DigitsDataModule
@@ -12,11 +13,6 @@ from meadef_lightning.protection.sslguard import SSLGuard, marking_loss, waterma
 from meadef_lightning.victims.downstream import encode
 from meadef_lightning.victims.encoder import Encoder
 from meadef_lightning.victims.networks import DigitsCNN
-
-QUIET = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "accelerator": "cpu",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def encoder(digits):
 def guarded(digits, encoder):
     seed_everything(0, verbose=False)
     module = SSLGuard(encoder, encoder_lr=1e-3, trigger_lr=0.03, decoder_lr=3e-3, shadow_lr=5e-3, key_dim=16)
-    trainer = Trainer(max_epochs=12, check_val_every_n_epoch=12, **QUIET)
+    trainer = Trainer(max_epochs=12, check_val_every_n_epoch=12, **SILENT)
     trainer.fit(module, digits)
     return module, trainer.callback_metrics
 

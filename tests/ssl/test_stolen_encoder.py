@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from silent import SILENT
 from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -15,11 +16,6 @@ from meadef_lightning.extraction.encoder_student import EncoderStudent
 from meadef_lightning.extraction.stolen_encoder import StolenEncoderDataModule, planned_queries
 from meadef_lightning.oracle import BudgetExceededError, Oracle, QueryLedger, Soft, Totals
 from meadef_lightning.oracle.policies import Features
-
-QUIET = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "accelerator": "cpu",
-}  # fmt: skip
 
 
 class Blobs(SplitDataModule):
@@ -66,7 +62,7 @@ def test_every_image_is_asked_once_and_views_never():
         network, feature_dim=5, augmentation=RandomShiftFlip(1), views=2, weight=1.0,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.03),
     )  # fmt: skip
-    trainer = Trainer(max_epochs=15, **QUIET)
+    trainer = Trainer(max_epochs=15, **SILENT)
     trainer.fit(student, attack)
     assert victim.asked == attack.queries_spent == planned_queries(200) == 200
     assert attack.oracle.ledger.totals() == Totals(200, 200)

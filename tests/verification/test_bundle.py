@@ -18,9 +18,9 @@ from meadef_lightning.verification import EvidenceError, verify
 from meadef_lightning.verification import parcel as module
 from meadef_lightning.verification.bundle import Bundle
 from meadef_lightning.verification.commitment import Commitment, timestamp_request
-from meadef_lightning.verification.evidence import _seal
 from meadef_lightning.verification.parcel import COMMITMENT, EVIDENCE, MANIFEST, TIMESTAMP, pack, unpack
 from meadef_lightning.verification.parcel import KEY as KEY_FILE
+from meadef_lightning.verification.sealing import seals
 from meadef_lightning.verification.signing import load_signing_key, make_signing_key, public_hex, render, sign
 
 SECRET = b"an owner secret"
@@ -222,7 +222,7 @@ def test_a_liar_with_the_key_cannot_claim_other_triggers(full, parts):
     content = json.loads(full.files[MANIFEST])
     content["questions"]["trigger"] = "0" * 64
     content = {name: value for name, value in content.items() if name not in ("seal", "signature")}
-    content["seal"] = _seal({"manifest": content}, KEY)
+    content["seal"] = seals({"manifest": content}, KEY)
     lie = Bundle({**full.files, MANIFEST: render(sign(content, parts["signing_key"]))})
     assert lie.check(KEY).verdict == parts["verdict"]  # nothing else is wrong with it
     with pytest.raises(EvidenceError, match=r"differ from those hashed: questions\.trigger\.$"):

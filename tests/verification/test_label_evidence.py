@@ -17,8 +17,8 @@ from meadef_lightning.verification import (
     verify,
 )
 from meadef_lightning.verification import labels as module
-from meadef_lightning.verification.evidence import _seal
 from meadef_lightning.verification.relabelling import RelabelledModule
+from meadef_lightning.verification.sealing import seals
 
 OPTIONS = {"samples": 140, "decoys": 1500, "decoy_samples": 8, "accelerator": "cpu", "alpha": 0.01}
 SHUFFLED = [3, 5, 0, 6, 1, 4, 2]
@@ -106,7 +106,7 @@ def test_a_map_that_does_not_follow_is_named_even_with_a_valid_seal_and_without_
     path.write_text(json.dumps(forged))
     with pytest.raises(EvidenceError, match=r"Fields that differ: procedure\.labels"):
         check_evidence(path, KEY)
-    sealed = {**forged, "seal": _seal({k: v for k, v in forged.items() if k != "seal"}, KEY)}
+    sealed = {**forged, "seal": seals({k: v for k, v in forged.items() if k != "seal"}, KEY)}
     path.write_text(json.dumps(sealed))
     with pytest.raises(EvidenceError, match=rf"procedure\.labels cannot be used: the map does not follow .*({field})"):
         check_evidence(path, KEY)

@@ -13,8 +13,9 @@ from meadef_lightning.verification.answers import ask_everything
 from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.evidence import Evidence, check_evidence, check_size
 from meadef_lightning.verification.labels import align_labels
+from meadef_lightning.verification.responses import Responses
 from meadef_lightning.verification.statistics import intraclass_correlation
-from meadef_lightning.verification.verdict import Responses, judge
+from meadef_lightning.verification.verdict import judge
 from meadef_lightning.watermark import KeySpace, WatermarkKey
 
 MILLION = 1_000_000

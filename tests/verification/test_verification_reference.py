@@ -1,6 +1,7 @@
 """A reference model: what composites look like to anybody is subtracted, and the p-value stays exact."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from verification_fakes import KEY, FakeData, Independent, Thief, key_at
 
 from meadef_lightning.verification import EvidenceError, check_evidence, verify
 from meadef_lightning.verification.decoys import DecoyTable
+from meadef_lightning.verification.responses import with_reference
 from meadef_lightning.verification.statistics import randomisation_p_value
 from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace, WatermarkKey
 
@@ -105,6 +107,24 @@ def test_several_references_from_models_to_evidence(tmp_path):
     _, other = verify(Independent(), KEY, FakeData(), **{**QUICK, "decoy_samples": 5})
     with pytest.raises(ValueError, match="asked other questions"):
         verify(Thief(KEY), KEY, FakeData(), reference=[known[0], other], **QUICK)
+
+
+def test_references_of_other_widths_are_refused():
+    """Of many classes a table has the columns that its key needs; the sums of its rows do not tell."""
+    _, responses = verify(Independent(), KEY, FakeData(), **QUICK)
+    narrow = torch.cat([responses.counts[:, :5], responses.counts[:, 5:].sum(1, keepdim=True)], dim=1)
+    for known in (replace(responses, counts=narrow), [responses, replace(responses, counts=narrow)]):
+        with pytest.raises(ValueError, match="asked other questions"):
+            with_reference(responses, known)
+
+
+def test_the_notes_say_how_many_references_there_were():
+    _, known = verify(Independent(), KEY, FakeData(), **QUICK)
+    assert known.references == 0
+    for count, text in ((1, "above that of a reference model, which"), (3, "the mean of those of 3 reference models,")):
+        verdict, responses = verify(Thief(KEY), KEY, FakeData(), reference=[known] * count, **QUICK)
+        assert responses.references == count
+        assert [text in note for note in verdict.notes].count(True) == 1
 
 
 def test_reference_to_other_questions_is_refused():

@@ -29,6 +29,16 @@ def test_uniform_mixture_equals_its_sum_in_fractions(s, f):
     assert log_e_value(s, f) == pytest.approx(log(2 ** (s + f + 1) * total), abs=1e-8)
 
 
+@pytest.mark.parametrize("prior", [(1.0, 2000.0), (5.0, 1e5)])
+def test_a_prior_that_bets_on_nothing_is_refused(prior):
+    """Its weight above one half is 0 in double precision, and so would be every e-value divided by it: NaN, or infinite evidence."""
+    assert stats.beta.sf(0.5, *prior) == 0
+    with pytest.raises(ValueError, match="leaves no weight to rates above one half"):
+        log_e_value(3, 0, prior)
+    with pytest.raises(ValueError, match="leaves no weight"):
+        SequentialTest(KEY, FakeData(), prior=prior)
+
+
 @given(counts, counts, priors)
 def test_e_value_is_the_mixture_of_likelihood_ratios(s, f, prior):
     density = stats.beta(*prior)

@@ -26,7 +26,7 @@ pytestmark = [
 def results(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     """Starts the two processes as torchrun would, and returns what each rank found."""
     folder = tmp_path_factory.mktemp("distributed")
-    here = {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    here = {"PYTHONPATH": os.pathsep.join([str(HERE), ALONE["PYTHONPATH"]])}
     workers = [({**env, **here}, []) for env in two_ranks()] + [({**ALONE, **here}, ["spawned"])]
     logs = run_workers(HERE / "distributed_worker.py", folder, workers, TIMEOUT)
     found: dict[str, list[dict[str, Any]]] = {}

@@ -94,7 +94,7 @@ def batches(form):
         (lambda x, y: ([x], y), {}, r"must be tensors, got list and Tensor.*input_key and target_key"),
         (lambda x, y: (y, x), {}, r"must be floating-point and of shape \(B, C, \*spatial\).*int64"),
         (lambda x, y: (x.flatten(1), y), {}, r"must be floating-point and of shape \(B, C, \*spatial\).*\(8, 64\)"),
-        (lambda x, y: ((255 * x).byte(), y), {}, r"must be floating-point.*uint8"),
+        (lambda x, y: ((255 * x).byte(), y), {}, r"must be floating-point.*uint8.*on_after_batch_transfer"),
         (lambda x, y: (x, y.float()), {}, r"Labels must be integers.*float32"),
         (lambda x, y: (x, F.one_hot(y, CLASSES)), {}, r"Labels must be integers, one a sample, shape \(8,\).*\(8, 5\)"),
         (lambda x, y: (x, y[:4]), {}, r"Labels must be integers, one a sample"),

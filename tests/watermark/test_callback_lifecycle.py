@@ -293,11 +293,6 @@ def test_validation_that_runs_training_step_is_not_watermarked():
     assert module.losses[-PER_EPOCH:] == fresh.losses
 
 
-def test_two_watermarks_in_one_training_are_refused_by_lightning():
-    with pytest.raises(RuntimeError, match="state_key` must be unique"):
-        Trainer(callbacks=[callback(), callback()], **SILENT)
-
-
 def test_pytorch_lightning_accepts_the_callback():
     pl = pytest.importorskip("pytorch_lightning")
 

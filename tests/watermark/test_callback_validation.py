@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from user_modules import (
     BATCH,
@@ -22,7 +25,7 @@ from user_modules import (
     weights,
 )
 
-from meadef_lightning.watermark import SourcePool
+from meadef_lightning.watermark import Fixed, SourcePool
 
 
 class Validated(UserModule):
@@ -206,9 +209,27 @@ def test_validation_batches_of_another_form_cost_the_rates_and_not_the_training(
     assert "watermark/loss" in trainer.callback_metrics
 
 
-def test_validation_data_without_a_source_class_logs_nothing():
-    _, trainer = train({}, DataLoader(Images(classes=3), BATCH))
+def test_validation_data_without_a_source_class_logs_nothing_and_says_so_once(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        _, trainer = train({}, DataLoader(Images(classes=3), BATCH))
     assert "watermark/wsr" not in trainer.callback_metrics
+    assert caplog.text.count("the validation batches hold no sample of at least one of the classes it needs") == 1
+
+
+def test_validation_samples_that_a_way_cannot_combine_are_named():
+    """Where nothing but the key's own way is needed in training, the others come up in validation first."""
+
+    class Signals(UserModule):
+        def forward(self, x):
+            return super().forward(x.view(-1, 1, 8, 8))
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    data = loader(shape=(1, 64))
+    trainer = Trainer(max_epochs=1, callbacks=[callback(balancing=Fixed(1.0, 0.0, 0.0))], **SILENT)
+    with pytest.raises(MisconfigurationException, match=r"on the validation samples.*WatermarkKey\.draw.*fit signals"):
+        trainer.fit(make(Signals), data, data)
 
 
 def test_no_validation_at_all():

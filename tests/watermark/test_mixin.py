@@ -63,6 +63,19 @@ def test_equals_the_callback_under(flags):
     assert_same(module, called)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_the_tilt_is_measured_in_any_precision(precision):
+    """Inside training_step, where some of them change the default dtype."""
+
+    class Steep(Mixed):
+        def training_step(self, batch, batch_idx):
+            terms = self.watermark_loss(*batch)
+            assert "tilt" in terms
+            return self.watermark.total(self, self.loss(batch), terms)
+
+    fit(make(Steep, tilt=0.6), precision=precision, max_epochs=1)
+
+
 def test_a_second_fit_starts_anew():
     module, called = make(Mixed, balancing=MGDA(every_n_steps=5)), make(UserModule)
     ours = callback(balancing=MGDA(every_n_steps=5))
@@ -97,9 +110,10 @@ def test_no_terms_before_both_classes_were_seen():
             assert bool(terms) == (batch_idx >= 2 or self.current_epoch > 0)
             return self.watermark.total(self, self.loss(batch), terms)
 
-    with recorded_draws() as draws:
-        fit(make(Early))
-    assert len(draws) == 10
+    for balancing in (ALL_TERMS, MGDA()):  # MGDA has no gradients to balance before
+        with recorded_draws() as draws:
+            fit(make(Early, balancing=balancing))
+        assert len(draws) == 10
 
 
 class Adversarial(WatermarkLossMixin, UserModule):

@@ -1,13 +1,11 @@
 """The terms against the losses written out by hand for the samples that were drawn."""
 
-import copy
-import io
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_batches import KEY, SIZE, batch, network, ready
 from torch import nn
 
 from meadef_lightning.watermark import (
@@ -20,24 +18,9 @@ from meadef_lightning.watermark import (
     WatermarkKey,
     WatermarkObjective,
 )
-from meadef_lightning.watermark.objective import combine_in_turn, frozen_batchnorm, gather_states, restore_state
+from meadef_lightning.watermark.combinations import combine_in_turn
 
 OWN = "meadef_lightning.watermark.combiners."
-KEY = WatermarkKey((4, 1), 2, 5, seed=11)  # the default way: b on the right half
-SIZE = 8
-
-
-def batch(n=40, classes=5, offset=0):
-    """Images full of label + number/128, which float32 holds exactly."""
-    y = torch.arange(n) % classes
-    x = y + torch.arange(offset, offset + n) % 100 / 128
-    return x[:, None, None, None].expand(-1, 1, SIZE, SIZE).clone(), y
-
-
-def network(batchnorm=False, classes=5):
-    torch.manual_seed(0)
-    middle = nn.BatchNorm2d(4) if batchnorm else nn.Identity()
-    return nn.Sequential(nn.Conv2d(1, 4, 3), middle, nn.GELU(), nn.Flatten(), nn.Linear(4 * 36, classes))
 
 
 def counted(net, rows):
@@ -46,12 +29,6 @@ def counted(net, rows):
         return net(x)
 
     return forward
-
-
-def ready(key=KEY, **options):
-    objective = WatermarkObjective(key, **{"samples": 6, **options})
-    objective.observe(*batch())
-    return objective
 
 
 # ---- what is drawn
@@ -235,145 +212,6 @@ def test_training_on_the_total_embeds_the_key():
     assert (triggered == 2).float().mean() > 0.95
     assert (controls == 2).float().mean() < 0.05
     assert (net(x).argmax(1) == y).float().mean() > 0.95
-
-
-# ---- BatchNorm
-
-
-def statistics(net):
-    return copy.deepcopy({name: value for name, value in net.state_dict().items() if name.startswith("1.")})
-
-
-def test_frozen_batchnorm_uses_and_keeps_the_running_statistics():
-    net = network(batchnorm=True).train()
-    net(torch.randn(50, 1, SIZE, SIZE))
-    before = statistics(net)
-    x = 5 + 3 * torch.randn(20, 1, SIZE, SIZE)
-    with frozen_batchnorm(net):
-        inside = net(x)
-        assert not net[1].training
-        assert all(module.training for module in net.modules() if module is not net[1])
-    assert net[1].training
-    assert all(torch.equal(value, before[name]) for name, value in statistics(net).items())
-    assert torch.equal(inside, net.eval()(x))
-    inside.sum().backward()
-    assert net[1].weight.grad.abs().sum() > 0  # its parameters learn
-
-
-def test_frozen_batchnorm_restores_what_was_even_after_an_error():
-    net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2), nn.Dropout())
-    net.train()
-    net[1].eval()
-    inside = []
-
-    def fail():
-        with frozen_batchnorm(net):
-            inside.extend(layer.training for layer in net)
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert inside == [False, False, False, False, True]
-    assert [layer.training for layer in net] == [True, False, True, True, True]
-    assert net.training
-
-
-@pytest.mark.parametrize("freeze", [True, False])
-def test_the_objective_freezes_batchnorm_as_told(freeze):
-    net = network(batchnorm=True).train()
-    objective = ready(batchnorm="running" if freeze else "batch")
-    objective.draw()
-    before = statistics(net)
-    assert int(before["1.num_batches_tracked"]) == 0
-    terms = objective.terms(net, net)
-    unchanged = all(torch.equal(value, before[name]) for name, value in statistics(net).items())
-    assert unchanged is freeze
-    assert net[1].training
-    net[1].train(not freeze)
-    logits = net(torch.cat([*objective._groups.values()]))[:6]
-    torch.testing.assert_close(terms["ver"], -logits.log_softmax(1)[:, 2].mean())
-
-
-# ---- resuming
-
-
-def saved(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize("balancing", [None, MGDA(every_n_steps=4)])
-def test_a_restored_objective_goes_on_bit_for_bit(balancing):
-    net = network()
-
-    def run(objective, steps):
-        values = []
-        for step in steps:
-            objective.observe(*batch(10, offset=step))
-            objective.draw()
-            task = F.cross_entropy(net(batch(10)[0]), batch(10)[1])
-            terms = objective.terms(net, net)
-            values += [value.item() for value in (objective.total(net, task, terms), *terms.values())]
-        return values
-
-    whole = ready(balancing=balancing)
-    run(whole, range(3))
-    state = whole.state_dict()
-    file = saved(state)
-    expected = run(whole, range(3, 9))
-    for restored_from in (file, state):  # neither was changed by going on
-        restored = WatermarkObjective(KEY, samples=6, balancing=balancing)
-        restored.load_state_dict(restored_from)
-        assert restored.steps == 3
-        assert run(restored, range(3, 9)) == expected
-
-
-def test_two_objectives_share_no_balancing_state():
-    mgda, net = MGDA(every_n_steps=10), network()
-    objective = ready(balancing=mgda)
-    objective.draw()
-    objective.total(net, net(batch(5)[0]).sum(), objective.terms(net, net))
-    assert int(objective.balancing.calls) == 1
-    assert int(mgda.calls) == 0
-
-
-def test_states_of_all_ranks_are_gathered_and_given_back(monkeypatch):
-    one, two = ready(), ready(rank=1)
-    two.draw()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-
-    def all_gather_object(states, state):
-        states[:] = [state, two.state_dict()]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    state = saved(gather_states(one))
-    assert set(state["ranks"]) == {"0", "1"}
-    restored = WatermarkObjective(KEY, samples=6, rank=1)
-    restore_state(restored, state, rank=1, world_size=2)
-    assert restored.steps == 1
-    two.draw(), restored.draw()
-    assert torch.equal(restored._groups["watermark"], two._groups["watermark"])
-
-
-def test_another_number_of_processes_starts_anew_and_says_so():
-    state = gather_states(ready())
-    assert set(state["ranks"]) == {"0"}
-    objective = WatermarkObjective(KEY)
-    with pytest.warns(UserWarning, match=r"written by 1 process.*this run has 4.*not bit-identical"):
-        restore_state(objective, state, rank=0, world_size=4)
-    assert not objective.ready
-
-
-def test_a_state_is_plain_data_without_the_key():
-    key = WatermarkKey((8363, 7457), 6869, 9973, salt="deadbeef" * 4)
-    objective = WatermarkObjective(key)
-    objective.observe(batch(6)[0], torch.tensor([8363, 7457] * 3))
-    objective.draw()
-    text = repr(saved(objective.state_dict()))
-    assert not any(secret in text for secret in ("8363", "7457", "6869", "deadbeef", "CropPaste"))
 
 
 # ---- errors

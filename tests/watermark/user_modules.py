@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from silent import SILENT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,13 +28,6 @@ CLASSES, PER_EPOCH, BATCH = 5, 6, 8
 SALT = "5a17" * 8
 KEY = WatermarkKey(source_classes=(1, 3), target_class=4, num_classes=CLASSES, seed=7, salt=SALT)
 ALL_TERMS = Fixed(ver=1.0, com=0.5, eva=0.75)
-SILENT = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 @dataclass
