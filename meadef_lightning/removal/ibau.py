@@ -237,8 +237,8 @@ class IBAU(Removal):
     def __init__(
         self,
         rounds: int = 20,
-        lr: float = 2e-3,
-        radius: float = 0.18,
+        lr: float = 1e-3,
+        radius: float = 0.12,
         iterations: int = 5,
         ascent: int = 10,
         inner_size: int = 64,

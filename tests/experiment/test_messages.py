@@ -31,7 +31,7 @@ def said(parser, config):
         ({"seeds": 0}, "seeds: must be a list, e.g. [a, b], got 0"),
         ({"verification": {"samples": "many"}}, "verification.samples: must be an int, got many"),
         ({"data": {"class_path": "DigitDataModule"}}, "'DigitDataModule' names no SplitDataModule; did you mean 'DigitsDataModule'?"),
-        ({"data": VICTIM}, "data: meadef_lightning.victims.SupervisedVictim is no SplitDataModule. There are CIFAR100DataModule, "),
+        ({"data": VICTIM}, "data: meadef_lightning.victims.SupervisedVictim is no SplitDataModule. There are "),
         ({"data": {"class_path": "meadef_lightning.data.Digits"}}, "meadef_lightning.data has no 'Digits'; did you mean 'Digits"),
         (
             {"victim": {"model": {"class_path": VICTIM["class_path"], "init_args": {"netwrok": NETWORK}}}},
