@@ -11,6 +11,7 @@ import torch
 from meadef_lightning.cli import main
 from meadef_lightning.data import DigitsDataModule
 from meadef_lightning.experiment.bundles import record_command
+from meadef_lightning.verification import Evidence
 from meadef_lightning.watermark import WatermarkKey
 
 SECRET = "zebra-quartz-8363-7457-vexing"  # noqa: S105  (of these tests)
@@ -178,7 +179,12 @@ def test_a_reference_may_be_given_again_and_again(key, folder, capsys):
     main(["verify", "--config", "one.yaml", "--key", "k.json", "--suspect", "0.pt", "--model", "m.yaml", *DIGITS, *SMALL, "--output", "yaml"])  # fmt: skip
     assert read("yaml/verdict.json") == found["1"]
     assert found["both"]["reference"]
-    assert found["both"]["statistic"] == pytest.approx((found["0"]["statistic"] + found["1"]["statistic"]) / 2)
+    known = Evidence.load("both/evidence.json").model["references"]
+    assert known == [
+        *Evidence.load("0/evidence.json").model["references"],
+        *Evidence.load("1/evidence.json").model["references"],
+    ]
+    assert len({found[name]["statistic"] for name in found}) == 3
     assert found["0"]["statistic"] == 0  # above itself
     assert found["1"]["statistic"] != 0
     # a judge who asks again is told that the evidence had references

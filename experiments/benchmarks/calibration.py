@@ -2,8 +2,8 @@
 
     python -m meadef_lightning.experiments.benchmarks.calibration --models 120 --keys 50 --runs runs/digits --output runs/calibration
 
-Trains that many independent models (architecture, training images, augmentation, label smoothing and training length differ) and a
-reference model, asks each the questions of *every* key once (:mod:`meadef_lightning.verification.answers`), and judges:
+Trains that many independent models (architecture, training images, augmentation, label smoothing and training length differ) and
+reference models, asks each the questions of *every* key once (:mod:`meadef_lightning.verification.answers`), and judges:
 
 * one key drawn for each model: independent p-values, so their uniformity can be tested (Kolmogorov-Smirnov, on p-values that ties
   are broken at random for) and a count of false claims has an exact (Clopper-Pearson) bound;
@@ -78,10 +78,10 @@ ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def recipe(index: int) -> dict[str, Any]:
-    """Draws how the model of that number is trained; the architectures take turns, -1 is the reference."""
+    """Draws how the model of that number is trained; the architectures take turns, -1, -2, … are the references."""
     if index < 0:
         return {
-            "architecture": "CNN 24", "seed": 0, "share": 1.0, "shift": 1, "smoothing": 0.1, "epochs": 20, "rate": 3e-3,
+            "architecture": "CNN 24", "seed": 0 if index == -1 else 1_000_000 - index, "share": 1.0, "shift": 1, "smoothing": 0.1, "epochs": 20, "rate": 3e-3,
         }  # fmt: skip
     draw = np.random.default_rng([7, index])
     return {
@@ -120,7 +120,9 @@ def answers_of(
     index: int, data: SplitDataModule, samples: int, directory: Path, network: Callable[[int], nn.Module] | None = None
 ) -> AnswerTable:
     """Trains a model, unless ``network`` has it, and asks it; or reads its answers."""
-    file = directory / f"{'reference' if index < 0 else f'{index:04d}'}.pt"
+    file = (
+        directory / f"{f'{index:04d}' if index >= 0 else 'reference' if index == -1 else f'reference-{-index - 1}'}.pt"
+    )
     if not file.exists():
         model = network(index) if network else train(recipe(index), *data.tensors("victim"), data.num_classes)
         table = ask_everything(model, data, samples)
@@ -143,7 +145,7 @@ def in_cell(table: AnswerTable) -> int:
     return min(32, table.answers.shape[2])
 
 
-def uniformity(tables: Sequence[AnswerTable], reference: AnswerTable | None, decoys: int) -> dict[str, Any]:
+def uniformity(tables: Sequence[AnswerTable], references: Sequence[AnswerTable], decoys: int) -> dict[str, Any]:
     """Draws one key for each model and tests its p-values against the uniform distribution."""
     draw = np.random.default_rng(0)
     p = []
@@ -151,7 +153,7 @@ def uniformity(tables: Sequence[AnswerTable], reference: AnswerTable | None, dec
         key = WatermarkKey.draw(table.space.num_classes, f"calibration model {index}")
         p.append(
             randomised_p(
-                *decoy_statistics(table.responses(key, decoys, in_cell(table), reference), key), draw.uniform()
+                *decoy_statistics(table.responses(key, decoys, in_cell(table), references), key), draw.uniform()
             )
         )
     test = stats.kstest(p, "uniform")
@@ -169,9 +171,9 @@ def claims(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def every_key(tables: Sequence[AnswerTable], reference: AnswerTable | None) -> dict[str, float]:
+def every_key(tables: Sequence[AnswerTable], references: Sequence[AnswerTable]) -> dict[str, float]:
     """Judges all models under all keys of the space."""
-    accused = torch.stack([supported_keys(table, reference, ALPHA, in_cell(table)) for table in tables])
+    accused = torch.stack([supported_keys(table, references, ALPHA, in_cell(table)) for table in tables])
     rates = accused.flatten(1).sum(1) / tables[0].space.size
     keys = accused.double().mean(0)
     return {
@@ -236,10 +238,14 @@ def power(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def study(data: SplitDataModule, models: int, keys: int, samples: int, runs: Sequence[Path], output: Path) -> dict[str, Any]:  # fmt: skip
+def study(
+    data: SplitDataModule, models: int, keys: int, samples: int, runs: Sequence[Path], output: Path, references: int = 5
+) -> dict[str, Any]:
     """Runs the study, or what is left of it, and writes its files."""
-    if models < 2 or keys < 1:
-        raise MisconfigurationException(f"Needs models >= 2 and keys >= 1, got models={models} and keys={keys}.")
+    if models < 2 or keys < 1 or references < 2:
+        raise MisconfigurationException(
+            f"Needs models >= 2, keys >= 1 and references >= 2, got models={models}, keys={keys} and references={references}."
+        )
     rows = thefts(runs)  # a wrong directory is refused before anything is trained
     directory = make_directory(make_directory(output) / "models")
     data.prepare_data()
@@ -250,16 +256,20 @@ def study(data: SplitDataModule, models: int, keys: int, samples: int, runs: Seq
             f"{output} holds a study of other data, recipes or number of samples. Choose another --output."
         )
     write_json_atomic(output / "study.json", identity)
-    reference = answers_of(-1, data, samples, directory)
+    known = [answers_of(-1 - number, data, samples, directory) for number in range(references)]
     tables = [answers_of(index, data, samples, directory) for index in range(models)]
     classes = data.num_classes
 
     listed: list[dict[str, Any]] = []
     tests: dict[str, Any] = {}
     shared_keys = [WatermarkKey.draw(classes, f"calibration key {number}") for number in range(keys)]
-    for mode, known, decoys in (
-        ("all keys", None, 9999), ("all keys, above a reference", reference, 9999), ("999 drawn keys", None, 999),
-    ):  # fmt: skip
+    modes: list[tuple[str, list[AnswerTable], int]] = [
+        ("all keys", [], 9999),
+        ("all keys, above a reference", known[:1], 9999),
+        (f"all keys, above {references} references", known, 9999),
+        ("999 drawn keys", [], 999),
+    ]
+    for mode, above, decoys in modes:
         own: list[Verdict] = []
         shared: list[Verdict] = []
         for index, table in enumerate(tables):
@@ -268,7 +278,7 @@ def study(data: SplitDataModule, models: int, keys: int, samples: int, runs: Seq
             if decoys == 9999:
                 asked += [(f"key {number}", key) for number, key in enumerate(shared_keys)]
             for name, key in asked:
-                verdict = judge(table.responses(key, decoys, in_cell(table), known), key, ALPHA)
+                verdict = judge(table.responses(key, decoys, in_cell(table), above), key, ALPHA)
                 (own if name == "own" else shared).append(verdict)
                 listed.append(
                     {
@@ -278,9 +288,9 @@ def study(data: SplitDataModule, models: int, keys: int, samples: int, runs: Seq
                         "verdict": verdict.verdict,
                     }
                 )  # fmt: skip
-        tests[mode] = {"own": claims(own), "uniformity": uniformity(tables, known, decoys)}
+        tests[mode] = {"own": claims(own), "uniformity": uniformity(tables, above, decoys)}
         if shared:
-            tests[mode] |= {"shared": claims(shared), "every": every_key(tables, known)}
+            tests[mode] |= {"shared": claims(shared), "every": every_key(tables, above)}
     wsr, rates = null_rates(tables)
     accuracies = [table.accuracy for table in tables]
     result = {
@@ -289,7 +299,7 @@ def study(data: SplitDataModule, models: int, keys: int, samples: int, runs: Seq
         "keys": keys,
         "samples": samples,
         "alpha": ALPHA,
-        "accuracy": {"mean": float(np.mean(accuracies)), "smallest": min(accuracies), "reference": reference.accuracy},
+        "accuracy": {"mean": float(np.mean(accuracies)), "smallest": min(accuracies), "reference": known[0].accuracy},
         "tests": tests,
         "wsr": wsr,
         "icc": float(np.mean([row["icc"] for row in listed if row["icc"] is not None])),
@@ -318,11 +328,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=int, default=120, help="Independent models.")
     parser.add_argument("--keys", type=int, default=50, help="Keys under which all models are judged.")
     parser.add_argument("--samples", type=int, default=100, help="Triggers, and controls, of every key.")
+    parser.add_argument(
+        "--references", type=int, default=5, help="Reference models above which models are judged, beside one and none."
+    )
     parser.add_argument("--runs", type=list[Path], default=[], help="Directories of runs whose thefts show the power.")
     parser.add_argument("--output", type=Path, default=Path("runs/calibration"))
     options = parser.parse_args(arguments)
     data = parser.instantiate(options).data
-    result = study(data, options.models, options["keys"], options.samples, options.runs, options.output)
+    result = study(
+        data, options.models, options["keys"], options.samples, options.runs, options.output, options.references
+    )
     print(markdown(result, len(ARCHITECTURES)))
 
 

@@ -100,10 +100,10 @@ class Study:
         """Draws the honest keys of the attacks that do not choose theirs."""
         return [WatermarkKey.draw(self.data.num_classes, f"false claim {number}") for number in range(count)]
 
-    def judged(self, key: WatermarkKey, index: int, reference: AnswerTable | None) -> Verdict:
+    def judged(self, key: WatermarkKey, index: int, references: Sequence[AnswerTable]) -> Verdict:
         """Judges a suspect on the judge's images."""
         table = self.table(index)
-        return judge(table.responses(key, decoy_samples=in_cell(table), reference=reference), key)
+        return judge(table.responses(key, decoy_samples=in_cell(table), references=references), key)
 
 
 Row = dict[str, Any]
@@ -121,7 +121,7 @@ def row(verdicts: Both, **more: Any) -> Row:
 
 def honest(study: Study, keys: int) -> Row:
     """Drawn keys, the judge's images: what the level promises."""
-    modes = {"without": None, "above": study.table(REFERENCE)}
+    modes: dict[str, list[AnswerTable]] = {"without": [], "above": [study.table(REFERENCE)]}
     return row(
         {
             name: [study.judged(key, index, known) for key in study.keys(keys) for index in study.suspects]
@@ -133,7 +133,7 @@ def honest(study: Study, keys: int) -> Row:
 def grinding(study: Study, secrets: int, before: bool, correct: bool = False) -> Row:
     """Grinds on the suspect's answers, or on the surrogates' before the commitment."""
     surrogates = [study.table(index) for index in study.surrogates]
-    modes = {"without": None, "above": study.table(REFERENCE)}
+    modes: dict[str, list[AnswerTable]] = {"without": [], "above": [study.table(REFERENCE)]}
     verdicts: Both = {name: [] for name in modes}
     for repeat in range(REPEATS):
         attack = KeyGrinding(secrets, f"grinding {repeat}", correct=correct)
@@ -150,7 +150,7 @@ def hand_picked(study: Study, forged: bool) -> Row:
     verdicts: Both = {"without": [], "above": []}
     for index in study.suspects:
         table = study.table(index)
-        for name, known in (("without", None), ("above", study.table(REFERENCE))):
+        for name, known in (("without", []), ("above", [study.table(REFERENCE)])):
             key = replace(pick_key(looks([table], known, in_cell(table)), table), drawn_uniformly=forged)
             verdicts[name].append(study.judged(key, index, known))
     return row(verdicts)
@@ -184,7 +184,7 @@ def rigged(study: Study, keys: int, margin: float) -> Row:
     for key in study.keys(keys):
         table = ask_everything(RiggedReference(cheap, key.target_class, margin).eval(), study.data, study.samples)
         accuracies.append(table.accuracy)
-        verdicts += [study.judged(key, index, table) for index in study.suspects]
+        verdicts += [study.judged(key, index, [table]) for index in study.suspects]
     return row({"above": verdicts}, reference_accuracy=sum(accuracies) / len(accuracies))
 
 

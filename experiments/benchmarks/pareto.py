@@ -59,6 +59,14 @@ def shared_stages(spec: ExperimentSpec) -> list[str]:
     return ["clean", *spec.reference_names, *(name for control in spec.independent for name in control.names)]
 
 
+def copy_stage(source: Path, target: Path) -> None:
+    """Copies a stage in one step: a copy that was interrupted is never taken for a whole stage."""
+    aside = target.with_name(f".{target.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)  # of a study that was killed here
+    shutil.copytree(source, aside)
+    aside.rename(target)
+
+
 def cell(arguments: argparse.Namespace, recipe: str, key: str, seed: int, shared: Path) -> list[dict[str, Any]]:
     """Runs one cell, or reads it, and returns one row a suspect."""
     overrides = [*RECIPES[recipe], "--seeds", f"[{seed}]", "--watermark.key", f"{{public_secret: '{key}'}}"]
@@ -69,14 +77,14 @@ def cell(arguments: argparse.Namespace, recipe: str, key: str, seed: int, shared
         shared = shared.with_name(recipe.replace(" ", "-"))  # another training has another clean twin
     for name in stages:
         if (shared / name).exists() and not (output / name).exists():
-            shutil.copytree(shared / name, output / name)
+            copy_stage(shared / name, output / name)
     report = output / "report.json"
     if not report.exists():
         run(experiment, output)
     make_directory(shared)
     for name in stages:
         if (output / name).exists() and not (shared / name).exists():
-            shutil.copytree(output / name, shared / name)
+            copy_stage(output / name, shared / name)
     content = read_json(report)
     cost = 100 * (content["victim"]["clean_accuracy"] - content["victim"]["accuracy"])
     keep = ("labels", "accuracy", "wsr", "wfpr", "p_value", "verdict")

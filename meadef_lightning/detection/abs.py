@@ -122,7 +122,7 @@ def _force(neurons: Tensor, values: Tensor, _module: nn.Module, _inputs: object,
 
 
 @torch.no_grad()
-def stimulate(model: nn.Module, layer: str, x: Tensor, levels: Tensor, count: int, batch_size: int = 512) -> Tensor:
+def stimulate(model: nn.Module, layer: str, x: Tensor, levels: Tensor, count: int, batch_size: int = 256) -> Tensor:
     """Logits with each neuron of a layer forced to each level in turn.
 
     Args:
@@ -131,7 +131,7 @@ def stimulate(model: nn.Module, layer: str, x: Tensor, levels: Tensor, count: in
         x: Images ``(B, C, H, W)`` on the model's device.
         levels: Values, shape ``(V,)``, on the model's device.
         count: Neurons of the layer.
-        batch_size: Images in a forward pass.
+        batch_size: Images in a forward pass; more fit no CPU's cache.
 
     Returns:
         Shape ``(count, V, B, K)``.
@@ -239,7 +239,7 @@ def invert(
 
 
 @torch.no_grad()
-def reasr(model: nn.Module, triggers: Triggers, labels: Tensor, x: Tensor, y: Tensor, batch_size: int = 512) -> Tensor:
+def reasr(model: nn.Module, triggers: Triggers, labels: Tensor, x: Tensor, y: Tensor, batch_size: int = 256) -> Tensor:
     """Share of images of other classes that each trigger turns into its class.
 
     Args:

@@ -164,7 +164,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
         raise EvidenceError(
             "The suspect cannot be asked again without the key: give --key, or a bundle that discloses it."
         )
-    if evidence.answers["reference"] is not None and not _names(rest, "--reference"):
+    if evidence.model["references"] and not _names(rest, "--reference"):
         say("Note: the verdict of the evidence is above reference models. Asking again without --reference shows less.")
     again = _ask_again(evidence, key, options.output, rest)
     say(
@@ -182,7 +182,7 @@ def _ask_again(evidence: Evidence, key: WatermarkKey, output: Path, rest: list[s
     """Judges the suspect anew as ``meadef verify`` does, with the numbers of the evidence unless the options say otherwise."""
     from meadef_lightning.experiment.judge import judge_suspect, verify_parser
 
-    procedure, answers = evidence.procedure, evidence.answers
+    procedure, answers = evidence.procedure, evidence.opened(key)
     numbers = {
         "alpha": procedure["alpha"],
         "samples": len(answers["trigger"]),

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
     from rich.table import Table
 
+LABELS = "labels.json"
+
 
 def verify_parser(**kwargs: Any) -> ArgumentParser:
     """Makes the parser of ``meadef verify``."""
@@ -146,7 +148,6 @@ def judge_suspect(options: Namespace) -> Verdict:
                 batch_size=settings["batch_size"],
                 device=processes.device_of({"devices": 1}),  # where verify() will ask
             )
-            write_json_atomic(output / "labels.json", labels.to_dict())
         references = []
         given = options.reference or []
         for path in map(Path, [given] if isinstance(given, str) else given):  # a YAML may name a single one
@@ -165,6 +166,10 @@ def judge_suspect(options: Namespace) -> Verdict:
             **settings,
         )
     write_json_atomic(output / "verdict.json", verdict.to_dict())
+    if labels is not None:
+        write_json_atomic(output / LABELS, labels.to_dict())
+    else:  # those of an earlier run here belong to another suspect
+        (output / LABELS).unlink(missing_ok=True)
     figure = verdict_figure(responses, verdict, key, "suspect", output / "figures")
     config = options.clone()
     tracking = Tracking.pop(config)

@@ -61,8 +61,8 @@ def experiment_parser(**kwargs: Any) -> ArgumentParser:
         type=int,
         default=1,
         help="Reference models: trainings like the victim's without the watermark, from seeds of their own, that know nothing of the key. "
-        "Every suspect is judged above the mean of what they answer. Three make a verdict depend less on one model's whims; each "
-        "costs a training.",
+        "Every suspect is judged above what they answer, and keys on which they differ must stand out further. Three to five recognise more "
+        "thefts than one; each costs a training.",
     )
     parser.add_argument(
         "--trainer",

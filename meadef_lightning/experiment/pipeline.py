@@ -24,6 +24,7 @@ from meadef_lightning.experiment.robustness import Finding, Robustness, detectio
 from meadef_lightning.experiment.rows import KeyInfo, RemovalRow, SuspectRow, VictimRow
 from meadef_lightning.experiment.seed_run import SeedRun
 from meadef_lightning.experiment.tracking import Tracking
+from meadef_lightning.experiment.verdict_stage import Judge
 
 
 def run(experiment: Experiment, output: Path, command: str = "", tracking: Tracking | None = None) -> Report:
@@ -121,7 +122,7 @@ def _run_seed(run: SeedRun, found: Found, progress: Progress) -> Robustness:
     def named(name: str) -> str:
         return f"{name}/seed-{run.seed}" if progress.many else name
 
-    todo, made = run.suspects(), {}
+    todo, made, judge = run.suspects(), {}, Judge(run)
     spec = run.spec
     controls, references = 1 + sum(control.count for control in spec.independent), spec.reference_names
     searches = sum(
@@ -134,7 +135,7 @@ def _run_seed(run: SeedRun, found: Found, progress: Progress) -> Robustness:
     for name, make in todo:
         progress.announce(name, run.seed)
         made[name] = make()
-        found.rows.append(replace(run.judge(made[name]), name=named(name)))
+        found.rows.append(replace(judge.row(made[name]), name=named(name)))
     fight = Robustness(run, made)
     for name, index, of in fight.removals():
         progress.announce(name, run.seed)
@@ -142,7 +143,7 @@ def _run_seed(run: SeedRun, found: Found, progress: Progress) -> Robustness:
         path, scrubbed = processes.in_turn(partial(fight.remove, name, index, of))
         found.removal.append(replace(path, name=named(name)))
         if scrubbed is not None:
-            found.rows.append(replace(run.judge(scrubbed), name=named(name)))
+            found.rows.append(replace(judge.row(scrubbed), name=named(name)))
     for name, index, of in fight.searches():
         progress.announce(name, run.seed)
         found.searches.append(processes.in_turn(partial(fight.search, name, index, of)))

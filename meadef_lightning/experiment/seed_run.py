@@ -1,32 +1,25 @@
-"""The chain for one seed: every model of an experiment is trained, stolen, scrubbed and judged in a stage of its own."""
+"""The chain for one seed: every model of an experiment is trained or stolen in a stage of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 
 from meadef_lightning import processes
-from meadef_lightning.experiment.artifacts import is_rank_zero, read_json, write_json_atomic
-from meadef_lightning.experiment.gallery import verdict_figure
+from meadef_lightning.experiment.artifacts import is_rank_zero, read_json
 from meadef_lightning.experiment.load import Experiment
-from meadef_lightning.experiment.rows import Kind, Labels, SuspectRow
+from meadef_lightning.experiment.rows import Kind, Labels
 from meadef_lightning.experiment.spec import ExperimentSpec, Model, TrainerOptions
-from meadef_lightning.experiment.stage_directory import Stage
 from meadef_lightning.experiment.stages import RESULT, extraction_stage, train_stage
 from meadef_lightning.experiment.tracking import StageKind, Track, Tracker
 from meadef_lightning.experiment.training import derived_seed
 from meadef_lightning.experiment.weights import MODEL, load_weights
-from meadef_lightning.quiet import quiet
-from meadef_lightning.removal.base import classes_of
-from meadef_lightning.verification import Fidelity, Responses, VerificationDataModule, verify
-from meadef_lightning.verification.features import FeatureAnswers, feature_answers, feature_verdict
 from meadef_lightning.victims.classifier import Classifier
 from meadef_lightning.victims.downstream import DownstreamClassifier
 from meadef_lightning.victims.encoder import Encoder
@@ -154,14 +147,15 @@ class SeedRun:
 
     def load(self, suspect: Suspect) -> Classifier:
         """Loads what is judged of a suspect onto :attr:`device`: a classifier, on top of it if it is an encoder."""
-        return self._classifier(self.load_model(suspect).to(self.device))
+        return self.classifier(self.load_model(suspect).to(self.device))
 
-    def _standing(self) -> dict[str, str]:
+    def standing(self) -> dict[str, str]:
         """What stages of a classifier on top of an encoder depend on besides; nothing if the victim is a classifier itself."""
         config = self.experiment.config("downstream")
         return {"downstream": self.experiment.hash_of(config)} if isinstance(self.spec.victim.model, Encoder) else {}
 
-    def _classifier(self, model: Model) -> Classifier:
+    def classifier(self, model: Model) -> Classifier:
+        """Returns what is judged of a model: itself, or the classifier that stands on it if it is an encoder."""
         if isinstance(model, Classifier):
             return model
         downstream = self.spec.downstream
@@ -170,7 +164,7 @@ class SeedRun:
 
     def load_classifier(self) -> Classifier:
         """Loads the victim, or the classifier that stands on it."""
-        return self._classifier(self.load_victim())
+        return self.classifier(self.load_victim())
 
     def load_victim(self, name: str = "victim") -> Model:
         """Loads the trained victim, or the reference of that name."""
@@ -222,13 +216,13 @@ class SeedRun:
             **self.base,
             "config": self.experiment.hash_of(config),
             "victim": read_json(self.root / "victim" / RESULT)["sha256"],
-            **({} if isinstance(attack.student, Encoder) else self._standing()),
+            **({} if isinstance(attack.student, Encoder) else self.standing()),
         }
         directory = self.root / attack.name
 
         def victim() -> Model:
             model = self.load_victim().to(self.device)
-            return model if isinstance(attack.student, Encoder) else self._classifier(model)
+            return model if isinstance(attack.student, Encoder) else self.classifier(model)
 
         seed = derived_seed(self.seed, attack.name)
         track = self.track("extract")
@@ -254,96 +248,6 @@ class SeedRun:
             name, "independent", "none: trained on images of its own", "hard", 0, self.root / name, result["sha256"],
             lambda: self.fresh().independent[index].model,
         )  # fmt: skip
-
-    # ---- judgement
-
-    @cached_property
-    def victim_answers(self) -> Tensor:
-        """The victim's classes for the test split, int64, shape ``(N,)``."""
-        victim = self._classifier(self.load_victim().to(self.device))
-        x, _ = self.data.tensors("test")
-        return classes_of(victim, x, self.spec.verification.batch_size)
-
-    @cached_property
-    def reference_answers(self) -> list[Responses]:
-        """The reference models' answers to the verifier's questions: what composites look like to models without the key."""
-        options = {**self._devices(), **asdict(self.spec.verification)}
-        models = (self._classifier(model) for model in self._references())
-        return [verify(model, self.key, self.data, **options)[1] for model in models]
-
-    @cached_property
-    def reference_features(self) -> list[FeatureAnswers]:
-        """The same in features, where the victim is an encoder."""
-        settings = {name: value for name, value in asdict(self.spec.verification).items() if name != "alpha"}
-        questions = VerificationDataModule(self.key, self.data, **settings)
-        return [feature_answers(model, questions) for model in self._references()]
-
-    def _references(self) -> Iterator[Model]:
-        return (self.load_victim(name).to(self.device) for name in self.spec.reference_names)
-
-    def _devices(self) -> TrainerOptions:
-        """Where verification runs: on what trained the victim; with several processes, each asks its share of the samples."""
-        options = self.spec.victim.trainer
-        where = {name: options[name] for name in processes.DEVICE_OPTIONS if name in options}
-        # nothing is trained, so there is nothing to shard
-        return {**where, "strategy": "ddp" if processes.count() > 1 else "auto"}
-
-    def judge(self, suspect: Suspect) -> SuspectRow:
-        """Verifies one suspect in a stage of its own, with evidence and a figure of the decoys."""
-        directory = self.root / f"verify-{suspect.name}"
-        options = self.spec.verification
-        inputs = {
-            **self.base,
-            "config": self.experiment.hash_of(self.experiment.config("verification")),
-            "key": self.key.commitment(),
-            "suspect": suspect.sha256,
-            **{name: read_json(self.root / name / RESULT)["sha256"] for name in ("victim", *self.spec.reference_names)},
-            **self._standing(),
-        }
-        with Stage(directory, f"verify-{suspect.name}", inputs) as stage, self.track("verify")(stage):
-            if not stage.done:
-                loaded = self.load_model(suspect).to(self.device)
-                model = self._classifier(loaded)
-                with quiet():
-                    verdict, responses = verify(
-                        model,
-                        self.key,
-                        self.data,
-                        reference=self.reference_answers,
-                        evidence_path=directory / "evidence.json",
-                        **self._devices(),
-                        **asdict(options),
-                    )
-
-                def write() -> None:
-                    result: dict[str, Any] = {}
-                    if isinstance(loaded, Encoder):
-                        # what an owner sees who gets features and no classes
-                        result["features"] = feature_verdict(
-                            loaded, self.key, self.data, self.reference_features, **asdict(options)
-                        ).to_dict()
-                    fidelity = Fidelity()(responses.natural, self.victim_answers)
-                    verdict_figure(responses, verdict, self.key, suspect.name, directory / "figures")
-                    result |= {"verdict": verdict.to_dict(), "fidelity": float(fidelity)}
-                    write_json_atomic(directory / RESULT, result)
-
-                processes.first(write)
-        result = processes.first(lambda: read_json(directory / RESULT))
-        verdict_dict = result["verdict"]
-        return SuspectRow(
-            name=suspect.name,
-            kind=suspect.kind,
-            attack=suspect.attack,
-            labels=suspect.labels,
-            queries=suspect.queries,
-            accuracy=verdict_dict["natural_accuracy"],
-            fidelity=result["fidelity"],
-            wsr=verdict_dict["wsr"],
-            wsr_ci=tuple(verdict_dict["wsr_ci"]),
-            wfpr=verdict_dict["wfpr"],
-            p_value=verdict_dict["decoy_p"],
-            verdict=verdict_dict["verdict"],
-        )
 
 
 def _class_name(config: Any) -> str:

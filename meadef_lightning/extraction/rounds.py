@@ -104,12 +104,11 @@ class RoundsDataModule(ExtractionDataModule):
         path = self._rounds_file
         if path is not None:
             new = path.with_name(f".{path.name}.new")
-            content = {"victim": self.oracle.fingerprint(), "attack": self._identity(), "student": self._chooser}
-            torch.save({**content, "state": state}, new)
+            torch.save({**self._origin(), "student": self._chooser, "state": state}, new)
             new.replace(path)
 
     def load_round(self) -> dict[str, Any] | None:
-        """Returns the state of the last finished round of this very attack, or ``None``.
+        """Returns the state of the last finished round of this very attack on this very ledger, or ``None``.
 
         Raises:
             MisconfigurationException: If interim students of another architecture chose what was asked in it.
@@ -118,7 +117,8 @@ class RoundsDataModule(ExtractionDataModule):
         if path is None or not path.exists():
             return None
         content = torch.load(path, weights_only=True)
-        if content["victim"] != self.oracle.fingerprint() or content["attack"] != self._identity():
+        # versions that called the file otherwise noted no ledger, and such a file may be another ledger's
+        if any(content.get(name) != value for name, value in self._origin().items()):
             return None
         self._chooser = content.get("student")
         if self._chooser is not None and self._chooser != self._student_architecture():
@@ -138,7 +138,13 @@ class RoundsDataModule(ExtractionDataModule):
     @property
     def _rounds_file(self) -> Path | None:
         path = self.oracle.ledger.path
-        return None if path is None else path.with_suffix(".rounds.pt")
+        # added to the whole name: in "thief.1" and "thief.2", what follows the dot is no suffix
+        return None if path is None else path.with_name(f"{path.name}.rounds.pt")
+
+    def _origin(self) -> dict[str, str]:
+        """Whose rounds these are: those of another ledger, victim or attack are not continued."""
+        ledger, victim = self.oracle.ledger.identity, self.oracle.fingerprint()
+        return {"ledger": ledger, "victim": victim, "attack": self._identity()}
 
     def _identity(self) -> str:
         """The attack and its plain settings: a state of other settings is not continued."""

@@ -110,7 +110,9 @@ async def predict(request: Request, client: Annotated[Client, Depends(_client)])
         raise RefusedError(503, "overloaded", "Too many requests are waiting; try again.", wait=1)
     service.waiting += 1
     try:
-        x = service.parse(await read_body(request, service.body_bytes, service.limits.body_seconds))
+        body = await read_body(request, service.body_bytes, service.limits.body_seconds)
+        # in a thread, like the model below, lest a large body keeps all other clients waiting
+        x = await asyncio.to_thread(service.parse, body)
         if wait := client.bucket.take(len(x)):
             raise RefusedError(
                 429, "too_fast", f"At most {client.bucket.rate:g} rows per second; wait {wait:.1f} seconds.", wait=wait

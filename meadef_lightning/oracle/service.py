@@ -82,7 +82,7 @@ class Service:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="oracle")
 
     def parse(self, body: bytes) -> Tensor:
-        """The images in a request's body; raises `RefusedError` where there are none."""
+        """The images in a request's body; raises `RefusedError` where there are none. Runs in any thread."""
         try:
             query = Query.model_validate_json(body)
         except ValidationError as error:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from meadef_lightning.last_linear import last_linear_run
 from meadef_lightning.random_state import kept_random_state
 from meadef_lightning.removal.base import device_of
 from meadef_lightning.watermark.tilt import evaluating
 
 
 def last_linear(model: nn.Module, x: Tensor) -> nn.Linear:
-    """Finds the last ``nn.Linear`` that runs in a forward, which need not be the last that was registered.
+    """Finds the last ``nn.Linear`` that runs in a forward.
 
     Args:
         model: Any module; runs once, in eval mode and without gradients, and is left as it was.
@@ -25,25 +24,14 @@ def last_linear(model: nn.Module, x: Tensor) -> nn.Linear:
     Raises:
         ValueError: If no ``nn.Linear`` runs.
     """
-    ran: list[nn.Linear] = []
-
-    def keep_last(layer: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        if isinstance(layer, nn.Linear):
-            ran[:] = [layer]
-
-    hooks = [layer.register_forward_pre_hook(keep_last) for layer in model.modules() if isinstance(layer, nn.Linear)]
-    try:
-        with evaluating(model):
-            model(x.to(device_of(model, x.device)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not ran:
+    with evaluating(model):
+        last = last_linear_run(model, model, x.to(device_of(model, x.device)))
+    if last is None:
         raise ValueError(
             f"{type(model).__name__} runs no nn.Linear, so it has no last layer to tune or to reset. Let it end in an nn.Linear, or "
             "take an attack that tunes all layers as they are (FTAL)."
         )
-    return ran[0]
+    return last[0]
 
 
 def reset(module: nn.Module, seed: int) -> None:

@@ -5,8 +5,8 @@ costs at most 3.5 points). Median smoothing and fewer bits: Xu et al., "Feature 
 Adversarial Images using Input Transformations" (ICLR 2018). As attacks on watermarks: Lukas et al., "SoK" (S&P 2022).
 
 **Algorithm.** For each strength: 1. bring an image from the input space back to pixels in [0, 1]; 2. transform it; 3. normalise again, and ask the
-model. The accuracy budget ends the path, so the strength that is taken home is the *calibrated* one: the last on the list up to which
-no strength costs too much. A finer list calibrates more finely.
+model. The accuracy budget ends the path, so the strength that is taken home is the *calibrated* one: the last that does not cost too
+much. A finer list calibrates more finely.
 
 **Cost.** No training. Noise, smoothing and fewer bits are a fraction of a forward pass. JPEG and WEBP encode and decode image by image on the
 CPU: no codec takes a batch.

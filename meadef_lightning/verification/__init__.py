@@ -3,7 +3,7 @@
 `verify` (`meadef_lightning.verification.verifying`) is the whole of it in one call, for a module or a black box, and
 `meadef_lightning.verification.callback` the same inside a Trainer, which asks a `meadef_lightning.verification.suspect`.
 `meadef_lightning.verification.datamodule` asks, `meadef_lightning.verification.statistics` holds the exact tests,
-`meadef_lightning.verification.verdict` joins them, and `meadef_lightning.verification.evidence` writes down what can be checked offline, blinded and sealed
+`meadef_lightning.verification.verdict` joins them, and `meadef_lightning.verification.evidence` writes down what can be checked offline, encrypted and sealed
 (`meadef_lightning.verification.sealing`).
 Before: `meadef_lightning.verification.planning` (how many samples), `meadef_lightning.verification.commitment` (what to publish).
 Besides: several keys (`meadef_lightning.verification.combination`), fewer queries (`meadef_lightning.verification.sequential`), encoders

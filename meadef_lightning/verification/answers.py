@@ -14,6 +14,7 @@ answers the very ones that a single verification would get.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
 from meadef_lightning.verification.decoys import MAX_DECOYS, DecoyTable
-from meadef_lightning.verification.responses import Responses
-from meadef_lightning.verification.scores import key_scores, possible_targets
+from meadef_lightning.verification.responses import Reference, Responses
+from meadef_lightning.verification.scores import above_references, key_scores, possible_targets
 from meadef_lightning.verification.suspect import INVALID, Queryable, answered_labels
 from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS, CombinerSpec
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
@@ -83,7 +84,7 @@ class AnswerTable:
         return self.answers.gather(1, asked.expand(len(self.answers), -1, -1))
 
     def responses(
-        self, key: WatermarkKey, decoys: int = 9999, decoy_samples: int = 32, reference: AnswerTable | None = None
+        self, key: WatermarkKey, decoys: int = 9999, decoy_samples: int = 32, references: Sequence[AnswerTable] = ()
     ) -> Responses:
         """Returns what a verification of this suspect under a key would have collected.
 
@@ -91,7 +92,7 @@ class AnswerTable:
             key: A key of the space.
             decoys: Keys to compare with; see :class:`~meadef_lightning.verification.VerificationDataModule`.
             decoy_samples: Samples of each cell that count, at most those that were asked.
-            reference: The same table of a reference model.
+            references: The same tables of reference models.
 
         Raises:
             ValueError: If the key is of another space, or the reference was asked something else.
@@ -99,12 +100,11 @@ class AnswerTable:
         plan = DecoyTable(key, decoys, self.seed)
         if plan.space != self.space:
             raise ValueError("The key is not of the space whose questions were asked.")
-        if reference is not None and (
-            reference.space != self.space
-            or reference.seed != self.seed
-            or reference.answers.shape != self.answers.shape
+        if any(
+            known.space != self.space or known.seed != self.seed or known.answers.shape != self.answers.shape
+            for known in references
         ):
-            raise ValueError("The reference was asked other questions than the suspect.")
+            raise ValueError("A reference was asked other questions than the suspect.")
         classes = self.space.num_classes
         a, b = key.source_classes
         rows = plan.pairs[:, 0] * (classes - 1) + plan.pairs[:, 1] - (plan.pairs[:, 1] > plan.pairs[:, 0]).long()
@@ -122,7 +122,7 @@ class AnswerTable:
             natural_labels=self.natural_labels.long(),
             decoys=decoys,
             seed=self.seed,
-            reference=None if reference is None else cells(reference),
+            references=tuple(Reference(cells(known)) for known in references),
         )
 
 
@@ -178,19 +178,23 @@ def ask_everything(
     return AnswerTable(table, answered[1], questions.natural[1].short(), space, seed)
 
 
-def every_decoy_p(table: AnswerTable, reference: AnswerTable | None = None, decoy_samples: int = 32) -> Tensor:
+def every_decoy_p(table: AnswerTable, references: Sequence[AnswerTable] = (), decoy_samples: int = 32) -> Tensor:
     """Returns every key's randomisation p-value among all keys, float64 ``(pairs, ways, classes)``; 1 where no key is.
 
     Equal to ``judge(…).decoy_p`` where all keys of the space are compared.
     """
-    counts = table.counts(decoy_samples)
-    if reference is not None:
-        counts = counts - reference.counts(decoy_samples)
-    statistics = key_scores(counts.double(), table.pairs) / decoy_samples
-    valid = possible_targets(table.pairs, table.space.num_classes)[:, None, :].expand_as(statistics)
-    ordered = statistics[valid].sort().values
-    reached = len(ordered) - torch.searchsorted(ordered, statistics - _TIE)
-    return torch.where(valid, reached.double() / len(ordered), 1.0)
+    possible = possible_targets(table.pairs, table.space.num_classes)[:, None, :]
+    valid = possible.expand(-1, len(table.space.combiners), -1)
+
+    def of_keys(model: AnswerTable) -> Tensor:
+        return key_scores(model.counts(decoy_samples).double(), model.pairs)[valid] / decoy_samples
+
+    own = of_keys(table)
+    if references:
+        own = above_references(own, torch.stack([of_keys(known) for known in references]))
+    ordered = own.sort().values
+    reached = len(ordered) - torch.searchsorted(ordered, own - _TIE)
+    return torch.ones(valid.shape, dtype=torch.float64).masked_scatter_(valid, reached.double() / len(ordered))
 
 
 def every_mcnemar_p(table: AnswerTable) -> Tensor:
@@ -205,8 +209,8 @@ def every_mcnemar_p(table: AnswerTable) -> Tensor:
 
 
 def supported_keys(
-    table: AnswerTable, reference: AnswerTable | None = None, alpha: float = 1e-3, decoy_samples: int = 32
+    table: AnswerTable, references: Sequence[AnswerTable] = (), alpha: float = 1e-3, decoy_samples: int = 32
 ) -> Tensor:
     """Marks the keys under which the suspect would be judged *supported*, had they been drawn; bool ``(pairs, ways, classes)``."""
-    decoy_p = every_decoy_p(table, reference, decoy_samples)
+    decoy_p = every_decoy_p(table, references, decoy_samples)
     return (decoy_p <= alpha) & (every_mcnemar_p(table) <= alpha)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class VerificationCallback(Callback):
         null_statistics: Statistics of independent models under the same key; see
             :func:`~meadef_lightning.verification.verdict.judge`.
         reference: Answers of a reference model, or of several, to the same questions; see
-            :meth:`~meadef_lightning.verification.decoys.DecoyTable.statistics`.
+            :func:`~meadef_lightning.verification.scores.above_references`.
 
     Attributes:
         verdict: The verdict, after the run.
@@ -75,7 +76,7 @@ class VerificationCallback(Callback):
                 "VerificationCallback and VerificationDataModule have different keys; give both the same."
             )
         if self.evidence_path is not None:
-            check_size(data.table, self.reference is not None)
+            check_size(data.table, self._references())
             if trainer.is_global_zero:
                 _check_writable(self.evidence_path)
         self._answers = [
@@ -116,15 +117,15 @@ class VerificationCallback(Callback):
                     f"The suspect gave no valid answer (NaN, or a label that is no class) to {invalid} of {len(answer)} {name} "
                     "samples. Check its weights, and that it takes inputs normalised like this data."
                 )
-        self.responses = with_reference(data.responses(answers), self.reference)
+        suspect = pl_module.network if isinstance(pl_module, SuspectModule) else [pl_module]
+        told = replace(data.responses(answers), model_sha256=model_fingerprint(suspect[0]) if len(suspect) else None)
+        self.responses = with_reference(told, self.reference)
         self.verdict = judge(self.responses, self.key, self.alpha, self.null_statistics)
         if self.evidence_path is not None and trainer.is_global_zero:
-            suspect = pl_module.network if isinstance(pl_module, SuspectModule) else [pl_module]
             Evidence.collect(
                 self.verdict,
                 self.responses,
                 self.key,
-                model_sha256=model_fingerprint(suspect[0]) if len(suspect) else None,
                 data_sha256={
                     "verification": tensors_fingerprint(*data.sources),
                     "test": tensors_fingerprint(*data.natural),
@@ -132,6 +133,10 @@ class VerificationCallback(Callback):
                 null_statistics=self.null_statistics,
                 labels=translation_of(pl_module),
             ).save(self.evidence_path)
+
+    def _references(self) -> int:
+        """How many reference models there are."""
+        return len(self.reference) if isinstance(self.reference, Sequence) else int(self.reference is not None)
 
     @staticmethod
     def _data(trainer: Trainer) -> VerificationDataModule:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meadef_lightning.verification.scores import key_scores, possible_targets
+from meadef_lightning.verification.scores import above_references, key_scores, possible_targets
 from meadef_lightning.verification.statistics import correlation_of_sums
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
 
@@ -209,82 +209,81 @@ class DecoyTable:
         mask[self._true_key()] = False
         return mask
 
-    def statistics(self, counts: Tensor, reference: Tensor | None = None) -> tuple[float, Tensor]:
+    def statistics(self, counts: Tensor, references: Sequence[Tensor] = ()) -> tuple[float, Tensor]:
         """Computes the statistic of the true key and of its decoys.
 
-        Some composites look like a third class to any model. A reference model that was trained without regard to the key shows
-        which; its statistic of the same key is subtracted. The reference does not depend on which key was drawn, so the rank of the
-        true key stays exact, and the natural look-alikes no longer hide it. With several it does so for any function of their tables;
-        the mean of their statistics is taken, which is the statistic of their mean table; see :mod:`~.responses` for what that buys.
+        Some composites look like a third class to any model. Reference models that were trained without regard to the key show which, and
+        how much that varies from model to model; see :func:`~.scores.above_references`. They do not depend on which key was drawn, so the
+        rank of the true key stays exact, and the natural look-alikes no longer hide it.
 
         Args:
             counts: How often each cell was answered with each class, shape ``(cells, width)``, int64, in the order of ``cells`` and
                 of :meth:`columns`.
-            reference: The same of a reference model on the same samples, or added up over several, whose mean is then subtracted; or
-                ``None``.
+            references: The same of each reference model, on the same samples.
 
         Returns:
-            The true key's statistic, in ``[-1, 1]`` without and ``[-2, 2]`` with a reference, and the decoys', shape ``(B,)``,
-            float64. Where all keys are compared these are all the others, ``B = size - 1``.
+            The true key's statistic and the decoys', shape ``(B,)``, float64; without references in ``[-1, 1]``. Where all keys are
+            compared these are all the others, ``B = size - 1``.
 
         Raises:
-            ValueError: If the table has another form, or its cells do not hold equally many answers.
+            ValueError: If a table has another form, or its cells do not hold equally many answers.
         """
         table, samples = self._table(counts)
-        known = None
-        if reference is not None:
-            known, asked = self._table(reference)
-            if asked % samples:
+        tables = [table]
+        for counted in references:
+            known, asked = self._table(counted)
+            if asked != samples:
                 raise ValueError(
-                    f"The reference answered {asked} samples a cell, the suspect {samples}; ask both the same."
+                    f"A reference answered {asked} samples a cell, the suspect {samples}; ask both the same."
                 )
-            table, samples = table * (asked // samples), asked  # several models' answers, added up
+            tables.append(known)
+        # counts are whole numbers, and are divided last: equal shares give equal statistics
+        return self._above([self._of_keys(part) / samples for part in tables])
 
-        def values(columns: slice) -> Tensor:
-            part = table[..., columns] if known is None else table[..., columns] - known[..., columns]
-            return key_scores(part.double(), self.pairs, classes=self.targets[columns]) / samples
-
-        return self._of_keys(values)
-
-    def score_statistics(self, scores: Tensor) -> tuple[float, Tensor]:
+    def score_statistics(self, scores: Tensor, references: Sequence[Tensor] = ()) -> tuple[float, Tensor]:
         """Ranks keys by real numbers instead of shares of answers, e.g. by how near a cell's features are to each class.
 
         The statistic is that of :meth:`statistics`: the same keys' neighbours lean, whether a suspect answers with classes or places.
 
         Args:
-            scores: Score of each cell for each of ``targets``, float64, shape ``(cells, targets)``, in the order of ``cells``; a
-                reference model's may have been subtracted.
+            scores: Score of each cell for each of ``targets``, float64, shape ``(cells, targets)``, in the order of ``cells``.
+            references: The same of each reference model.
 
         Returns:
             The true key's statistic and the decoys', as :meth:`statistics`.
 
         Raises:
-            ValueError: If the scores have another form, or are not finite.
+            ValueError: If scores have another form, or are not finite.
         """
         ways, classes = len(self.space.combiners), len(self.targets)
         shape = (len(self.pairs) * ways, classes)
-        if tuple(scores.shape) != shape or scores.dtype != torch.float64 or not bool(scores.isfinite().all()):
-            raise ValueError(
-                f"The scores must be finite float64 of shape {shape} (cells, classes), got {scores.dtype} of shape {tuple(scores.shape)}."
-            )
-        table = scores.reshape(len(self.pairs), ways, classes)
+        for part in (scores, *references):
+            if tuple(part.shape) != shape or part.dtype != torch.float64 or not bool(part.isfinite().all()):
+                raise ValueError(
+                    f"The scores must be finite float64 of shape {shape} (cells, classes), got {part.dtype} of shape {tuple(part.shape)}."
+                )
+        return self._above(
+            [self._of_keys(part.reshape(len(self.pairs), ways, classes)) for part in (scores, *references)]
+        )
+
+    @staticmethod
+    def _above(statistics: Sequence[Tensor]) -> tuple[float, Tensor]:
+        """Compares the first, the suspect's, with the others; returns the true key's, which comes last in each, and the decoys'."""
+        own, *known = statistics
+        result = above_references(own, torch.stack(known)) if known else own
+        return float(result[-1]), result[:-1]
+
+    def _of_keys(self, table: Tensor) -> Tensor:
+        """Returns the statistics of the decoys and, last, of the true key, from a table ``(pairs, ways, width)``."""
+        pair, way, column = self._true_key()
 
         def values(columns: slice) -> Tensor:
-            return key_scores(table[..., columns], self.pairs, classes=self.targets[columns])
+            # columns do not depend on one another, so a large table is gone through in blocks
+            return key_scores(table[..., columns].double(), self.pairs, classes=self.targets[columns])
 
-        return self._of_keys(values)
-
-    def _of_keys(self, values: Callable[[slice], Tensor]) -> tuple[float, Tensor]:
-        """Returns the true key's and the decoys' statistics.
-
-        Args:
-            values: Computes the statistics ``(pairs, ways, K)`` of all keys whose target has one of these columns. Columns do not
-                depend on one another, so a large table is gone through in blocks.
-        """
-        pair, way, column = self._true_key()
         if self.enumerated:
-            table = values(slice(None))
-            return float(table[pair, way, column]), table[self._other_keys()]
+            every = values(slice(None))
+            return torch.cat([every[self._other_keys()], every[pair, way, column][None]])
         a, b, target, ways = self.drawn.unbind(1)
         places = torch.cat([self._position(a, b), torch.tensor([pair])])
         ways = torch.cat([ways, torch.tensor([way])])
@@ -293,7 +292,7 @@ class DecoyTable:
         for columns in self._blocks():
             here = ((targets >= columns.start) & (targets < columns.stop)).nonzero().flatten()
             result[here] = values(columns)[places[here], ways[here], targets[here] - columns.start]
-        return float(result[-1]), result[:-1]
+        return result
 
     def _blocks(self) -> list[slice]:
         """Cuts the columns of ``targets`` into blocks, and those of few classes into one."""

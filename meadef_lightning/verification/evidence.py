@@ -1,8 +1,8 @@
 """A verdict's evidence: one JSON file from which anybody who holds the key derives the verdict again, without the suspect.
 
-The key is never in it, and neither are its classes: the answers to composites are blinded, which :func:`check_evidence` undoes, and each
-field carries a seal (:mod:`~meadef_lightning.verification.sealing`, which says what blinding does not hide). Somebody who can query the suspect
-without limit can still try all keys of the public key space on it; no file prevents that.
+The key is never in it, and neither are its classes: the answers are encrypted, so that only the key opens them, and each field carries a seal
+(:mod:`~meadef_lightning.verification.sealing`). Somebody who can query the suspect without limit can still try all keys of the public key space
+on it; no file prevents that.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from meadef_lightning.verification.evidence_form import (
     LABELLED,
     SCHEMA_VERSION,
     EvidenceError,
+    check_answers,
     check_form,
     finite,
     listed,
     unique,
 )
 from meadef_lightning.verification.labels import LabelMap
-from meadef_lightning.verification.responses import Responses
-from meadef_lightning.verification.sealing import Blinding, seals
+from meadef_lightning.verification.responses import Reference, Responses
+from meadef_lightning.verification.sealing import hide, reveal, seals
 from meadef_lightning.verification.verdict import Verdict, judge
 from meadef_lightning.watermark.key import WatermarkKey
 
@@ -38,21 +39,21 @@ MAX_EVIDENCE_BYTES = 256 << 20
 _BYTES_PER_COUNT = 3  # a digit, a comma and a space: nearly all counts are 0
 
 
-def check_size(table: DecoyTable, reference: bool) -> None:
+def check_size(table: DecoyTable, references: int) -> None:
     """Refuses a verification whose evidence would be too large to be read again, before anything is asked.
 
     Args:
         table: The keys that are compared.
-        reference: Whether a reference model's answers go into the evidence, too.
+        references: Number of reference models whose answers go into the evidence, too.
 
     Raises:
         ValueError: If so; the message says how many decoys would do.
     """
-    entries = len(table.pairs) * len(table.space.combiners) * table.width * (2 if reference else 1)
+    entries = len(table.pairs) * len(table.space.combiners) * table.width * (1 + references)
     if _BYTES_PER_COUNT * entries > MAX_EVIDENCE_BYTES:
         raise ValueError(
             f"The evidence would hold {entries:.2g} counts and be larger than {MAX_EVIDENCE_BYTES >> 20} MiB, which nobody could check. "
-            f"Nothing was asked. Use fewer decoys than {table.decoys}: 999 reach p = 0.001."
+            f"Nothing was asked. Use fewer decoys than {table.decoys}, of which 999 reach p = 0.001, or fewer reference models."
         )
 
 
@@ -63,12 +64,12 @@ class Evidence:
     Args:
         schema_version: Version of this form.
         key: ``commitment`` (SHA-256), ``drawn_uniformly`` and ``num_classes``.
-        model: ``sha256`` of the suspect's weights (:func:`~.fingerprints.model_fingerprint`), or null for a black box.
+        model: ``sha256`` of the suspect's weights (:func:`~.fingerprints.model_fingerprint`), or null for a black box, and those of the
+            ``references``, a list.
         data: ``verification`` and ``test``: SHA-256 of the samples and labels (:func:`~.fingerprints.tensors_fingerprint`).
         procedure: ``alpha``, ``decoys``, ``seed``, ``null_statistics``, and ``labels``: what the suspect's labels were taken to stand for
             (``LabelMap.to_dict()``; the answers below are translated already), or null where they are the classes.
-        answers: ``trigger``, ``control``, ``cells`` (one row of counts a cell) and ``reference`` (the same of a reference model, added up
-            over several, or null), all with blinded classes; ``natural`` and ``natural_labels`` as they are.
+        answers: Encrypted, what :meth:`opened` returns.
         verdict: ``Verdict.to_dict()``.
         versions: ``package``, ``torch``, ``lightning`` and ``python``.
         created: UTC time, ISO 8601. Only it and its seal differ between two runs of the same verification.
@@ -80,7 +81,7 @@ class Evidence:
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     procedure: Mapping[str, Any]
-    answers: Mapping[str, Any]
+    answers: str
     verdict: Mapping[str, Any]
     versions: Mapping[str, Any]
     created: str
@@ -93,7 +94,6 @@ class Evidence:
         responses: Responses,
         key: WatermarkKey,
         *,
-        model_sha256: str | None,
         data_sha256: Mapping[str, str],
         null_statistics: Sequence[float] | None = None,
         labels: LabelMap | None = None,
@@ -104,19 +104,19 @@ class Evidence:
             verdict: The verdict of :func:`~meadef_lightning.verification.verdict.judge`.
             responses: The answers that it was judged by.
             key: The key.
-            model_sha256: Fingerprint of the suspect; ``None`` if only its answers are known.
             data_sha256: Fingerprints of the splits ``verification`` and ``test``.
             null_statistics: What ``judge`` was given.
             labels: How the suspect's answers were translated into classes, if they were.
         """
-        blinding = Blinding.of(key, responses.seed, *responses.counts.shape)
-        known = responses.reference
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "created": now(),
             "key": {name: getattr(key, name) for name in ("drawn_uniformly", "num_classes")}
             | {"commitment": key.commitment()},
-            "model": {"sha256": model_sha256},
+            "model": {
+                "sha256": responses.model_sha256,
+                "references": [known.model_sha256 for known in responses.references],
+            },
             "data": {"verification": data_sha256["verification"], "test": data_sha256["test"]},
             "procedure": {
                 "alpha": verdict.alpha,
@@ -127,14 +127,17 @@ class Evidence:
             },
             "verdict": verdict.to_dict(),
             "versions": versions(),
-            "answers": {
-                "trigger": blinding.hide_labels(responses.trigger).tolist(),
-                "control": blinding.hide_labels(responses.control).tolist(),
-                "cells": blinding.hide_table(responses.counts).tolist(),
-                "reference": None if known is None else blinding.hide_table(known).tolist(),
-                "natural": responses.natural.tolist(),
-                "natural_labels": responses.natural_labels.tolist(),
-            },
+            "answers": hide(
+                {
+                    "trigger": responses.trigger.tolist(),
+                    "control": responses.control.tolist(),
+                    "cells": responses.counts.tolist(),
+                    "references": [known.counts.tolist() for known in responses.references],
+                    "natural": responses.natural.tolist(),
+                    "natural_labels": responses.natural_labels.tolist(),
+                },
+                key,
+            ),
         }
         return cls(**content, seal=seals(content, key))
 
@@ -166,6 +169,23 @@ class Evidence:
                 error.errno, f"Cannot write evidence to {path} ({error.strerror}); choose another path."
             ) from error
         return path
+
+    def opened(self, key: WatermarkKey) -> dict[str, Any]:
+        """Decrypts the answers.
+
+        Args:
+            key: The key that the evidence is about.
+
+        Returns:
+            ``trigger``, ``control``, ``natural`` and ``natural_labels`` (classes), ``cells`` (one row of counts a cell) and ``references``
+            (such a table of each reference model).
+
+        Raises:
+            EvidenceError: If the key is another one, or they were changed, or are not of this form.
+        """
+        answers: dict[str, Any] = reveal(self.answers, key, MAX_EVIDENCE_BYTES)
+        check_answers(answers, key.num_classes, len(self.model["references"]))
+        return answers
 
     @property
     def labels(self) -> LabelMap | None:
@@ -261,30 +281,25 @@ class Evidence:
         return verdict
 
     def _responses(self, key: WatermarkKey) -> Responses:
-        """Undoes the blinding."""
+        """Reads the answers as what ``judge`` takes."""
         decoys, seed = self.procedure["decoys"], self.procedure["seed"]
-        plan = DecoyTable(key, decoys, seed)
-        cells, shape = plan.cells, (len(plan.cells), plan.width)
-        counts = torch.tensor(self.answers["cells"], dtype=torch.int64)
-        labels = {name: torch.tensor(self.answers[name], dtype=torch.int64) for name in LABELLED}
-        blinding = Blinding.of(key, seed, *shape)
-        known = self.answers["reference"]
-        reference = None if known is None else torch.tensor(known, dtype=torch.int64)
-        for name, table in (("cells", counts), ("reference", reference)):
-            if table is not None and len(table) != len(cells):
-                raise ValueError(f"answers.{name} must have {len(cells)} rows, got {len(table)}.")
-            if table is not None and tuple(table.shape) != shape:
-                raise ValueError(f"answers.{name} must have {shape[1]} columns, got {tuple(table.shape)[1:]}.")
+        plan, answers = DecoyTable(key, decoys, seed), self.opened(key)
+        shape = (len(plan.cells), plan.width)
+        tables = [("cells", answers["cells"]), *(("references", table) for table in answers["references"])]
+        for name, table in tables:
+            if (rows := len(table)) != shape[0] or any(len(row) != shape[1] for row in table):
+                raise ValueError(f"answers.{name} must have {shape[0]} rows of {shape[1]} counts, got {rows} rows.")
+        counts, *known = (torch.tensor(table, dtype=torch.int64) for _, table in tables)
         return Responses(
-            trigger=blinding.reveal_labels(labels["trigger"]),
-            control=blinding.reveal_labels(labels["control"]),
-            cells=cells,
-            counts=blinding.reveal_table(counts),
-            natural=labels["natural"],
-            natural_labels=labels["natural_labels"],
+            **{name: torch.tensor(answers[name], dtype=torch.int64) for name in LABELLED},
+            cells=plan.cells,
+            counts=counts,
             decoys=decoys,
             seed=seed,
-            reference=None if reference is None else blinding.reveal_table(reference),
+            model_sha256=self.model["sha256"],
+            references=tuple(
+                Reference(table, sha256) for table, sha256 in zip(known, self.model["references"], strict=True)
+            ),
         )
 
 

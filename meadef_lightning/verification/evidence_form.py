@@ -11,9 +11,10 @@ from typing import Any
 from meadef_lightning.verification.decoys import MANY_CLASSES, MAX_DECOYS
 from meadef_lightning.verification.verdict import Verdict
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """1 ranked keys by their own cell alone (no neighbours), 2 let keys that were not drawn support a claim and did not tell what the
-suspect's labels stand for; such evidence must be checked by the version that wrote it."""
+suspect's labels stand for, 3 renamed classes instead of encrypting answers, and did not weigh keys by how much references differ on
+them; such evidence must be checked by the version that wrote it."""
 LABELLED = ("trigger", "control", "natural", "natural_labels")
 
 
@@ -80,6 +81,11 @@ _TEXT = (lambda value: isinstance(value, str), "a string")
 _LABELS = (lambda value: isinstance(value, list) and all(map(_COUNT[0], value)), "a list of classes")
 _ROWS = (lambda value: isinstance(value, list) and all(map(_LABELS[0], value)), "a list of rows of counts")
 _NUMBERS = (lambda value: value is None or (isinstance(value, list) and all(map(_is_number, value))), "numbers or null")
+_TABLES = (lambda value: isinstance(value, list) and all(map(_ROWS[0], value)), "a list of tables of counts")
+_HASHES = (
+    lambda value: isinstance(value, list) and all(one is None or _is_hash(one) for one in value),
+    "a list of 64 hexadecimal digits or null each",
+)
 _FLAT = (_is_flat, "a value, or a list or object of values")
 _FORM: dict[str, tuple[Callable[[Any], bool], str]] = {
     "schema_version": (
@@ -90,6 +96,7 @@ _FORM: dict[str, tuple[Callable[[Any], bool], str]] = {
     "key.commitment": _HASH,
     "key.drawn_uniformly": (lambda value: type(value) is bool, "true or false"),
     "key.num_classes": _integer(3, 1 << 20),
+    "model.references": _HASHES,
     "model.sha256": (lambda value: value is None or _is_hash(value), "64 hexadecimal digits or null"),
     "data.verification": _HASH,
     "data.test": _HASH,
@@ -98,13 +105,16 @@ _FORM: dict[str, tuple[Callable[[Any], bool], str]] = {
     "procedure.seed": _integer(0, (1 << 63) - 1),
     "procedure.null_statistics": _NUMBERS,
     "procedure.labels": (lambda value: value is None or isinstance(value, dict), "an object or null"),
-    "answers.cells": _ROWS,
-    "answers.reference": (lambda value: value is None or _ROWS[0](value), "a list of rows of counts, or null"),
-    **{f"answers.{name}": _LABELS for name in LABELLED},
+    "answers": _TEXT,
     # the verdict is derived again and compared, so all that matters here is that it can be
     **{f"verdict.{field.name}": _FLAT for field in fields(Verdict)},
     **{f"versions.{name}": _TEXT for name in ("package", "torch", "lightning", "python")},
     "seal": (lambda value: isinstance(value, dict) and all(map(_is_hash, value.values())), "hashes by field"),
+}
+_ANSWERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "cells": _ROWS,
+    "references": _TABLES,
+    **dict.fromkeys(LABELLED, _LABELS),
 }
 
 
@@ -125,10 +135,29 @@ def check_form(content: Any) -> None:
         section, _, part = path.partition(".")
         if not fits(content[section][part] if part else content[section]):
             raise EvidenceError(f"{path} must be {what}.")
-    classes, answers = content["key"]["num_classes"], content["answers"]
+
+
+def check_answers(answers: Any, classes: int, references: int) -> None:
+    """Checks names, types and ranges of decrypted answers, whose writer held the key but may lie.
+
+    Args:
+        answers: JSON values.
+        classes: Classes of the task.
+        references: How many reference models there were.
+
+    Raises:
+        EvidenceError: If something is wrong; the message names the field.
+    """
+    if not isinstance(answers, dict) or answers.keys() != _ANSWERS.keys():
+        raise EvidenceError(f"answers must be an object of {', '.join(sorted(_ANSWERS))}.")
+    for name, (fits, what) in _ANSWERS.items():
+        if not fits(answers[name]):
+            raise EvidenceError(f"answers.{name} must be {what}.")
     for name in LABELLED:
         if max(answers[name], default=0) >= classes:
             raise EvidenceError(f"answers.{name} holds classes above {classes - 1}.")
-    for name in ("cells", "reference"):
-        if classes <= MANY_CLASSES and any(len(row) != classes for row in answers[name] or ()):
+    if len(answers["references"]) != references:
+        raise EvidenceError(f"answers.references must be {references} tables, one for each of model.references.")
+    for name, tables in (("cells", [answers["cells"]]), ("references", answers["references"])):
+        if classes <= MANY_CLASSES and any(len(row) != classes for table in tables for row in table):
             raise EvidenceError(f"answers.{name} must have rows of key.num_classes = {classes} counts.")

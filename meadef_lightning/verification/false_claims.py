@@ -82,13 +82,13 @@ class ClaimRate:
         )
 
 
-def looks(tables: Sequence[AnswerTable], reference: AnswerTable | None, decoy_samples: int = 32) -> Tensor:
+def looks(tables: Sequence[AnswerTable], references: Sequence[AnswerTable] = (), decoy_samples: int = 32) -> Tensor:
     """Scores every key by how well it would accuse all these models: lower is better for the accuser.
 
     Returns:
         Mean over the models of the logarithm of the larger of both p-values, float64 ``(pairs, ways, classes)``.
     """
-    p = [torch.maximum(every_decoy_p(table, reference, decoy_samples), every_mcnemar_p(table)) for table in tables]
+    p = [torch.maximum(every_decoy_p(table, references, decoy_samples), every_mcnemar_p(table)) for table in tables]
     return torch.stack(p).clamp_min(1e-300).log().mean(0)
 
 
@@ -154,20 +154,20 @@ class KeyGrinding:
             raise ValueError(f"secrets={self.secrets} must be at least 1.")
 
     def claim(
-        self, suspect: AnswerTable, seen: Sequence[AnswerTable], reference: AnswerTable | None = None, decoy_samples: int = 32
+        self, suspect: AnswerTable, seen: Sequence[AnswerTable], references: Sequence[AnswerTable] = (), decoy_samples: int = 32
     ) -> Verdict:  # fmt: skip
         """Accuses a suspect.
 
         Args:
             suspect: The suspect's answers.
             seen: The answers that the accuser chooses his key by: the suspect's, where no commitment binds him, or his surrogates'.
-            reference: Answers of a reference model, which the accuser has, too.
+            references: Answers of reference models, which the accuser has, too.
             decoy_samples: Samples of each cell that count.
         """
         tried = _drawn(self.prefix, self.secrets, suspect.space.num_classes)
-        key = ground_key(looks(seen, reference, decoy_samples), tried)
+        key = ground_key(looks(seen, references, decoy_samples), tried)
         level = self.alpha / self.secrets if self.correct else self.alpha
-        return judge(suspect.responses(key, decoy_samples=decoy_samples, reference=reference), key, level)
+        return judge(suspect.responses(key, decoy_samples=decoy_samples, references=references), key, level)
 
 
 class RiggedReference(nn.Module):

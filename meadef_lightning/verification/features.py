@@ -78,14 +78,14 @@ class FeatureVerdict:
         reason: Why, in one sentence.
         alpha: The pre-registered level.
         samples: Triggers, and as many controls.
-        statistic: The key's statistic, in ``[-1, 1]``; with a reference, above that encoder's, in ``[-2, 2]``.
+        statistic: The key's statistic, in ``[-1, 1]``; with references, above those encoders'.
         p_value: Its rank among the decoy keys' statistics.
         decoys: Number of keys compared with.
         decoy_method: ``"enumerated"`` (all other keys) or ``"sampled"``.
         decoy_summary: Mean, std, median, q95, q99 and max of their statistics.
         smallest_p: Smallest p-value that could have come out.
         exact: Whether ``p_value`` is exact: the key was drawn uniformly from the space it was compared with.
-        reference: Whether a reference encoder's table was subtracted.
+        reference: Whether there were reference encoders.
         trigger_cosine: Mean cosine of the triggers to the target class, in ``[-1, 1]``.
         control_cosine: The same of the controls.
         sign_p: Exact one-sided sign test that a trigger lies nearer to the target class than its control. It treats the pairs as
@@ -179,7 +179,7 @@ def judge_features(
     Args:
         answers: The suspect's answers.
         table: The key, and the keys that it is compared with.
-        reference: Answers of a reference encoder, or of several, to the same questions; of several the mean is subtracted.
+        reference: Answers of a reference encoder, or of several, to the same questions; see :func:`~.scores.above_references`.
         alpha: Level, fixed before the suspect was asked; in ``(0, 1)``.
 
     Raises:
@@ -193,10 +193,7 @@ def judge_features(
         raise ValueError(
             "The reference was asked other questions than the suspect; use the same key and options for both."
         )
-    scores = answers.scores
-    if known:
-        scores = scores - torch.stack([one.scores for one in known]).mean(0)
-    statistic, decoys = table.score_statistics(scores)
+    statistic, decoys = table.score_statistics(answers.scores, [one.scores for one in known])
     p_value, smallest_p = statistics.randomisation_p_value(statistic, decoys), 1 / (len(decoys) + 1)
     ahead = answers.trigger - answers.control
     sign_p = statistics.mcnemar_exact(int((ahead > _TIE).sum()), int((ahead < -_TIE).sum()))

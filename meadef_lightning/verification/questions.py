@@ -29,7 +29,7 @@ def question_seals(key: WatermarkKey, data: SourceData, evidence: Evidence) -> d
     Raises:
         ValueError: If key, data and evidence do not fit each other.
     """
-    answers, procedure = evidence.answers, evidence.procedure
+    answers, procedure = evidence.opened(key), evidence.procedure
     each = sum(answers["cells"][0]) if answers["cells"] else 0
     samples = max(len(answers["trigger"]), 1)
     asked = VerificationDataModule(key, data, samples, procedure["decoys"], each, procedure["seed"], _BATCH)

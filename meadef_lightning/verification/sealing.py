@@ -1,27 +1,30 @@
-"""What only the holder of a key can do to a document about it: write answers without naming a class, and seal fields against change.
+"""What only the holder of a key can do to a document about it: read the answers in it, and seal fields against change.
 
 Raw answers would name the target (it is what most triggers get), and a table of cells would let anyone look up the key with the published
-statistic. So classes are renamed and cells put into another order, both a secret function of the key's salt. A seal is an HMAC under
-that salt: whoever does not hold the key cannot change a field unnoticed.
+statistic. So they are encrypted under a key that is derived from the watermark key's salt: AES-SIV (RFC 5297), which is authenticated and
+deterministic, so that two runs of one verification write the same. A seal is an HMAC under that salt: whoever does not hold the key cannot
+change a field unnoticed.
 
-**Pitfalls.** Renaming is no encryption. Who has a model of the task can match the columns of a blinded table with those of his own: on digits a first
-attempt (sorted columns, one assignment) named 2 to 10 of the ten classes in tables of other clean models, and up to 6 in those of stolen ones. So
-evidence is for a judge; as long as the key is in use, publish the verdict and not the answers.
+**Pitfalls.** Whoever can ask the suspect without limit needs no answers of ours: he may try all keys of the public key space on it himself.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import json
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from meadef_lightning.verification.decoys import seeded_permutation
-from meadef_lightning.verification.evidence_form import SCHEMA_VERSION
+from meadef_lightning.verification.evidence_form import SCHEMA_VERSION, EvidenceError, finite, unique
 from meadef_lightning.watermark.key import WatermarkKey
 
 
@@ -48,46 +51,51 @@ def seals(content: Mapping[str, Any], key: WatermarkKey) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Blinding:
-    """Secret names of the classes, and the secret order of a table's rows and columns.
+def _cipher(key: WatermarkKey) -> AESSIV:
+    derived = HKDF(SHA256(), 64, None, f"meadef_lightning evidence {SCHEMA_VERSION} answers".encode())
+    return AESSIV(derived.derive(key.salt.encode()))
+
+
+def hide(content: Mapping[str, Any], key: WatermarkKey) -> str:
+    """Encrypts JSON values for the holder of a key.
 
     Args:
-        names: Name of each class, a permutation, int64.
-        places: Place of each column in the file, a permutation, int64; the classes' names where each class has a column.
-        rows: Row of the table that stands in each row of the file, a permutation, int64.
+        content: The values.
+        key: The key, whose salt is the secret and whose commitment is bound to them.
+
+    Returns:
+        Base64 of the compressed content's ciphertext; the same for the same content.
+
+    Raises:
+        ValueError: If there is NaN or infinity in it.
     """
+    sealed = _cipher(key).encrypt(zlib.compress(canonical(content), 9), [key.commitment().encode()])
+    return base64.b64encode(sealed).decode()
 
-    names: Tensor
-    places: Tensor
-    rows: Tensor
 
-    @classmethod
-    def of(cls, key: WatermarkKey, seed: int, cells: int, width: int) -> Blinding:
-        """Derives the names and orders of a verification.
+def reveal(hidden: str, key: WatermarkKey, most: int) -> Any:
+    """Undoes :func:`hide`.
 
-        Args:
-            key: The key.
-            seed: The verifier's seed.
-            cells: Rows of its table of answers.
-            width: Columns of it.
-        """
-        names = seeded_permutation(key.num_classes, "blind classes", key.salt, seed)
-        places = names if width == len(names) else seeded_permutation(width, "blind columns", key.salt, seed)
-        return cls(names, places, seeded_permutation(cells, "blind cells", key.salt, seed))
+    Args:
+        hidden: What it returned, or a stranger's text.
+        key: The key.
+        most: Bytes of content that are read at most.
 
-    def hide_labels(self, labels: Tensor) -> Tensor:
-        """Renames classes, int64, any shape."""
-        return self.names[labels]
-
-    def reveal_labels(self, named: Tensor) -> Tensor:
-        """Undoes :meth:`hide_labels`."""
-        return self.names.argsort()[named]
-
-    def hide_table(self, counts: Tensor) -> Tensor:
-        """Puts a table of answers ``(cells, width)`` into the file's order."""
-        return counts[self.rows][:, self.places.argsort()]
-
-    def reveal_table(self, written: Tensor) -> Tensor:
-        """Undoes :meth:`hide_table`."""
-        return written[self.rows.argsort()][:, self.places]
+    Raises:
+        EvidenceError: If it was encrypted under another key, or changed, or holds more, or no JSON values.
+    """
+    try:
+        packed = _cipher(key).decrypt(base64.b64decode(hidden, validate=True), [key.commitment().encode()])
+    except (InvalidTag, binascii.Error, ValueError):
+        raise EvidenceError("answers cannot be decrypted: they were changed, or are about another key.") from None
+    # who holds the key may still be dishonest
+    unpacking = zlib.decompressobj()
+    try:
+        text = unpacking.decompress(packed, most)
+        if not unpacking.eof:
+            raise EvidenceError(f"answers hold more than {most} bytes; this is not evidence of ours.")
+        return json.loads(text.decode(), parse_float=finite, parse_constant=finite, object_pairs_hook=unique)
+    except (zlib.error, ValueError, RecursionError) as error:
+        if isinstance(error, EvidenceError):
+            raise
+        raise EvidenceError(f"answers are not valid JSON values ({error}).") from error

@@ -48,8 +48,8 @@ class Verdict:
         only_control: Pairs in which only the control was.
         mcnemar_p: Exact one-sided p-value of these two numbers.
         statistic: The key's statistic T₀ from the cell table (:mod:`~meadef_lightning.verification.scores`): success above matched
-            controls, weighed with its neighbours', in ``[-1, 1]``; with reference models, above theirs, in ``[-2, 2]``.
-        reference: Whether statistics of reference models were subtracted; of several, the notes say how many.
+            controls, weighed with its neighbours', in ``[-1, 1]``; with reference models, above theirs (:func:`~.scores.above_references`).
+        reference: Whether there were reference models; of several, the notes say how many.
         decoy_p: Randomisation p-value of T₀.
         decoys: Number of keys compared with.
         decoy_method: ``"enumerated"`` (all other keys) or ``"sampled"``.
@@ -108,7 +108,7 @@ def decoy_statistics(responses: Responses, key: WatermarkKey) -> tuple[float, Te
     Raises:
         ValueError: If the answers do not belong to this key; see :meth:`Responses.check`.
     """
-    return responses.check(key).statistics(responses.counts, responses.reference)
+    return responses.check(key).statistics(responses.counts, [known.counts for known in responses.references])
 
 
 def check_plan(alpha: float, null_statistics: Sequence[float] | None) -> None:
@@ -147,7 +147,7 @@ def judge(
     """
     check_plan(alpha, null_statistics)
     table = responses.check(key)
-    statistic, decoys = table.statistics(responses.counts, responses.reference)
+    statistic, decoys = table.statistics(responses.counts, [known.counts for known in responses.references])
     decoy_p = statistics.randomisation_p_value(statistic, decoys)
     smallest_p = 1 / (len(decoys) + 1)
 
@@ -167,7 +167,7 @@ def judge(
     return Verdict(
         verdict=decision,
         reason=reason,
-        notes=_notes(table, nulls, responses.references),
+        notes=_notes(table, nulls, len(responses.references)),
         alpha=alpha,
         samples=n,
         wsr=hits / n,
@@ -178,7 +178,7 @@ def judge(
         only_control=only_control,
         mcnemar_p=mcnemar_p,
         statistic=statistic,
-        reference=responses.reference is not None,
+        reference=bool(responses.references),
         decoy_p=decoy_p,
         decoys=len(decoys),
         decoy_method="enumerated" if table.enumerated else "sampled",
@@ -245,9 +245,13 @@ def _notes(table: DecoyTable, nulls: Sequence[float] | None, references: int) ->
     notes = []
     if references:
         above = (
-            "that of a reference model" if references == 1 else f"the mean of those of {references} reference models"
+            "that of a reference model"
+            if references == 1
+            else f"the mean of those of {references} reference models, in units of how much they differ on that key"
         )
-        notes.append(f"Every key's statistic is above {above}, which must have been trained without regard to the key.")
+        notes.append(
+            f"Every key's statistic is above {above}. A reference must have been trained without regard to the key."
+        )
     if table.exact:
         notes.append(
             "The decoy-key p-value is exact if the key was drawn once, from a secret or beacon fixed before; trying G secrets until "

@@ -60,7 +60,7 @@ def verify(
         null_statistics: Statistics of independent models under the same key.
         reference: What this function returned for a reference model, with the same key and options: a model trained without regard
             to the key, such as the owner's own without a watermark. It makes the test far more powerful where composites look
-            like a third class to any model. Of several, given as a sequence, the mean is taken.
+            like a third class to any model. Of several, given as a sequence, the mean is taken, and how much they differ on each key.
         evidence_path: Where to write the evidence.
         output_key: Where the answers are in the suspect's output; see :class:`SuspectModule`.
         progress_bar: Whether to show Lightning's progress bar.

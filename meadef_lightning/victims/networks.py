@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from meadef_lightning.last_linear import last_linear_run
 from meadef_lightning.victims.layers import ConvClassifier, check_images, conv_stack, fully_connected
 
 
@@ -30,25 +31,13 @@ def penultimate(network: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ValueError: no ``nn.Linear`` ran.
     """
-    captured: list[Tensor] = []
-
-    def keep_last(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        captured[:] = [arguments[0]]
-
-    handles = [
-        module.register_forward_pre_hook(keep_last) for module in network.modules() if isinstance(module, nn.Linear)
-    ]
-    try:
-        network(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not captured:
+    last = last_linear_run(network, network, x)
+    if last is None:
         raise ValueError(
             f"{type(network).__name__} ran no nn.Linear, so it has no penultimate features. Let it end in an "
             "nn.Linear, or pass the part of it that returns the features."
         )
-    return captured[0]
+    return last[1]
 
 
 class VGGLike(ConvClassifier):

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from meadef_lightning.last_linear import last_linear_run
 from meadef_lightning.modes import evaluation_mode
 
 LOW, HIGH = 0.5, 0.99
@@ -100,7 +101,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def penultimate_features(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Returns the input of the last ``nn.Linear`` that runs in ``forward(x)``.
+    """Returns the input of the last ``nn.Linear`` that runs in ``forward(x)``, without its gradients.
 
     Args:
         module: The module whose layers ``forward`` runs through.
@@ -113,20 +114,10 @@ def penultimate_features(module: nn.Module, forward: Callable[[Tensor], Tensor],
     Raises:
         ValueError: If no ``nn.Linear`` runs.
     """
-    last: list[Tensor] = []
-
-    def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        last[:] = [arguments[0].detach()]
-
-    hooks = [layer.register_forward_pre_hook(keep) for layer in module.modules() if isinstance(layer, nn.Linear)]
-    try:
-        forward(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not last or len(last[0]) != len(x):
+    last = last_linear_run(module, forward, x)
+    if last is None or len(last[1]) != len(x):
         raise ValueError(
             f"{type(module).__name__} runs no nn.Linear on its samples, on whose input the influence of natural samples is "
             "measured. Set tilt=0 to leave natural answers as they are."
         )
-    return last[0]
+    return last[1].detach()

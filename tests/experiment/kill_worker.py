@@ -91,7 +91,7 @@ def points(again=None):
         "victim, result written": replacing("/victim/result.json", "after"),
         "clean, checkpoint of the second epoch": replacing("/clean/checkpoints/last.ckpt", "before", 2),
         "clean, in the test": lambda: wrapped(SupervisedVictim, "test_step", nth(1, lambda *_: fitting[-1] == "clean")),
-        "theft, round kept": replacing("/theft/queries.rounds.pt", "after"),
+        "theft, round kept": replacing("/theft/queries.sqlite.rounds.pt", "after"),
         "theft, answers not booked": lambda: wrapped(Oracle, "_answer", after=nth(1, lambda *_: True)),
         "theft, in a batch": in_step(Student, "theft", 1, 1),
         "verify-theft, evidence written": replacing("/verify-theft/evidence.json", "after"),

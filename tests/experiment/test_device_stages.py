@@ -17,6 +17,7 @@ from meadef_lightning.data.augmentation import RandomShiftFlip
 from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.robustness import Robustness
 from meadef_lightning.experiment.seed_run import SeedRun
+from meadef_lightning.experiment.verdict_stage import Judge
 from meadef_lightning.extraction import DataFreeDataModule, DFMEStudent, EncoderStudent, MAZEStudent, Noise, Student
 from meadef_lightning.oracle import Features, Oracle
 from meadef_lightning.verification import verify
@@ -114,11 +115,12 @@ def chain(file, output):
     run = SeedRun(load_experiment([file]), output, 0)
     run.victim("reference")
     made = {name: make() for name, make in run.suspects()}
-    rows = [run.judge(suspect) for suspect in made.values()]
+    judge = Judge(run)
+    rows = [judge.row(suspect) for suspect in made.values()]
     fight = Robustness(run, made)
     for stage in fight.removals():
         row, scrubbed = fight.remove(*stage)
-        rows += [row, run.judge(scrubbed)]
+        rows += [row, judge.row(scrubbed)]
     return rows + [fight.search(*stage) for stage in fight.searches()]
 
 

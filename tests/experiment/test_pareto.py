@@ -1,6 +1,7 @@
 """The recipe study: its arithmetic on made-up cells, and a real study of two recipes at test size."""
 
 import csv
+import shutil
 import sys
 
 import pytest
@@ -40,6 +41,32 @@ def test_summary_means_and_points():
 def test_front_drops_what_is_beaten():
     _, points = pareto.summary(ROWS)
     assert pareto.front(points) == ["cheap", "dear"]
+
+
+def test_a_copy_that_breaks_off_is_no_stage(tmp_path, monkeypatch):
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    files = {"stage.json": "{}", "checkpoints/model.ckpt": "weights"}
+    for name, text in files.items():
+        (tmp_path / "a" / name).write_text(text)
+
+    target, copy, copied = tmp_path / "b", shutil.copyfile, []
+
+    def breaking(source, *rest, **options):
+        if copied:
+            raise KeyboardInterrupt
+        copied.append(source)
+        return copy(source, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            pareto.copy_stage(tmp_path / "a", target)
+    assert len(copied) == 1
+    assert not target.exists()
+    pareto.copy_stage(tmp_path / "a", target)
+    found = {path.relative_to(target).as_posix(): path.read_text() for path in target.rglob("*") if path.is_file()}
+    assert found == files
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
 def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):

@@ -174,12 +174,13 @@ def test_a_python_function_with_other_labels_from_the_command_line(tmp_path, key
     name = f"python:{__name__}:renumbered"
     with pytest.raises(SystemExit, match="imports and runs code"):
         verify(tmp_path, key_file, name)
-    plain = verify(tmp_path, key_file, f"python:{__name__}:nearest", "--trust_code")
-    assert verify(tmp_path, key_file, name, "--trust_code", "--align_labels") == plain
+    aligned = verify(tmp_path, key_file, name, "--trust_code", "--align_labels")
     assert "numbers the classes in another order" in " ".join(capsys.readouterr().out.split())
     labels = json.loads((tmp_path / "verdict" / "labels.json").read_text())
     assert labels["kind"] == "permutation"
     assert labels["classes"] == [[(k - 3) % 10] for k in range(10)]
+    assert verify(tmp_path, key_file, f"python:{__name__}:nearest", "--trust_code") == aligned
+    assert not (tmp_path / "verdict" / "labels.json").exists()  # this suspect's labels were not translated
 
 
 @pytest.mark.parametrize(

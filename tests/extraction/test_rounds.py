@@ -141,6 +141,26 @@ def test_state_is_continued_by_the_same_attack_only(tmp_path):
         assert other.load_round() is None
 
 
+def test_ledgers_that_differ_after_a_dot_have_rounds_of_their_own(tmp_path):
+    names = ("a", "a.1", "a.2", "a.sqlite")
+    for number, name in enumerate(names):
+        attack_on(QueryLedger(tmp_path / name)).save_round({"round": number})
+    found = [attack_on(QueryLedger(tmp_path / name)).load_round() for name in names]
+    assert found == [{"round": number} for number in range(4)]
+
+
+@pytest.mark.parametrize("whose", [{}, {"ledger": "0" * 32}])
+def test_rounds_of_another_ledger_are_not_gone_on_with(tmp_path, whose):
+    """As an earlier version left them for ``a.sqlite`` where those of ``a`` are now, and as a ledger that was moved away left them."""
+    attack, file = attack_on(QueryLedger(tmp_path / "a")), tmp_path / "a.rounds.pt"
+    attack.save_round({"round": 1})
+    content = torch.load(file, weights_only=True)
+    torch.save({**{name: value for name, value in content.items() if name != "ledger"}, **whose}, file)
+    assert attack.load_round() is None
+    torch.save(content, file)
+    assert attack.load_round() == {"round": 1}
+
+
 class OneRound(RoundsDataModule):
     """Says what it would go on from, and keeps a round that an interim student took part in."""
 
@@ -165,7 +185,7 @@ def test_rounds_of_a_student_of_another_architecture_are_refused(tmp_path):
 
     assert begin(network) is None
     assert begin(network)["round"] == 1
-    file = tmp_path / "l.rounds.pt"
+    file = tmp_path / "l.sqlite.rounds.pt"
     with pytest.raises(
         MisconfigurationException, match=f"{file} holds rounds .* another architecture.*delete.*l.sqlite"
     ):

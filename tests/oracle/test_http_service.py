@@ -3,7 +3,9 @@
 import contextlib
 import json
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
@@ -12,6 +14,7 @@ from http_fakes import API_KEY, SHAPE, Linear, images, query, send, serving
 
 from meadef_lightning.oracle import HTTPOracle, OracleHTTPError, QueryLedger, TopK, Totals
 from meadef_lightning.oracle.clients import ServerLimits
+from meadef_lightning.oracle.service import Service
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,26 @@ def test_slow_and_waiting_bodies(tmp_path):
             assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "overloaded", "1")
             assert b" 408 " in slow.recv(100)
         assert send(address, body=query())[0] == 200
+
+
+def test_a_body_that_takes_long_to_parse_keeps_nobody_waiting(tmp_path, monkeypatch):
+    parse, entered, goes_on = Service.parse, threading.Event(), threading.Event()
+
+    def slow(service, body):
+        entered.set()
+        assert goes_on.wait(30)
+        return parse(service, body)
+
+    monkeypatch.setattr(Service, "parse", slow)
+    with serving(Linear(), directory=tmp_path) as address, ThreadPoolExecutor(1) as client:
+        asked = client.submit(send, address, body=query())
+        try:
+            assert entered.wait(10)
+            assert send(address, "/health")[0] == 200  # while the other is still being parsed
+            assert not asked.done()
+        finally:
+            goes_on.set()
+        assert asked.result()[0] == 200
 
 
 def test_failures_of_the_model_are_not_told(tmp_path, caplog):

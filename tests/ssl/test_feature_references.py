@@ -1,4 +1,4 @@
-"""Several reference encoders: their mean is subtracted, and the p-value stays exact."""
+"""Several reference encoders: they weigh as a classifier's do, and the p-value stays exact."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.features import FeatureAnswers, judge_features
+from meadef_lightning.verification.scores import above_references
 from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace
 
 sys.path.append(str(Path(__file__).parents[1] / "verification"))
@@ -27,14 +28,23 @@ def answers(seed):
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 10**6), min_size=1, max_size=3))
-def test_several_are_their_mean_and_p_stays_exact(suspect, seeds):
+def test_several_weigh_as_a_classifiers_and_p_stays_exact(suspect, seeds):
     known, p_values = [answers(seed) for seed in seeds], []
     for index in range(SPACE.size):
         table = DecoyTable(key_at(SPACE, index))
         verdict = judge_features(answers(suspect), table, known)
-        each = [judge_features(answers(suspect), table, one).statistic for one in known]
+        own, *others = (
+            torch.tensor(
+                [
+                    float(part)
+                    for one in table.score_statistics(each.scores)
+                    for part in torch.as_tensor(one).reshape(-1)
+                ]
+            )
+            for each in (answers(suspect), *known)
+        )
         assert verdict.reference
-        assert verdict.statistic == pytest.approx(sum(each) / len(each), abs=1e-12)
+        assert verdict.statistic == pytest.approx(float(above_references(own, torch.stack(others))[0]), abs=1e-6)
         p_values.append(verdict.p_value)
     for level in (1 / 72, 0.05, 0.2, 0.5):
         assert sum(p <= level + 1e-12 for p in p_values) <= level * SPACE.size + 1e-9

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from meadef_lightning.experiments.benchmarks import ssl_baselines
 from meadef_lightning.experiments.benchmarks.ssl_baselines import Row, Study, table
 
+from meadef_lightning.experiment.verdict_stage import Judge
 from meadef_lightning.victims.downstream import encode
 
 sys.path.append(str(Path(__file__).parents[1] / "experiment"))
@@ -74,7 +75,7 @@ def test_a_small_study_is_stolen_measured_and_goes_on(tmp_path, monkeypatch, cap
                 by_hand[name] = float((answered == key.target_class).float().mean())
             else:
                 by_hand[name] = float((model.cosines(stamped) > 0.5).float().mean())
-    verdict = study.run.judge(study.run._victim_suspect())  # what `meadef run` says of ours
+    verdict = Judge(study.run).row(study.run._victim_suspect())  # what `meadef run` says of ours
     by_hand["MEA-Defender"] = verdict.wsr
     measured = {row["scheme"]: float(row["rate"]) for row in rows if row["model"] == "victim"}
     assert measured == pytest.approx(by_hand)

@@ -30,10 +30,10 @@ def test_the_table_holds_what_a_verification_asks(tables, decoys, above):
         _, reference = verify(Independent(), key, FakeData(), **options)
         known = reference if above else None
         verdict, asked = verify(Thief(KEY), key, FakeData(), reference=known, **options)
-        taken = tables[0].responses(key, decoys, 5, tables[1] if above else None)
+        taken = tables[0].responses(key, decoys, 5, [tables[1]] if above else [])
         for name in ("trigger", "control", "cells", "counts", "natural", "natural_labels"):
             assert torch.equal(getattr(taken, name), getattr(asked, name)), name
-        assert (taken.reference is None) == (not above)
+        assert len(taken.references) == above
         assert judge(taken, key) == verdict
 
 
@@ -46,20 +46,20 @@ def noise(seed, samples=40, space=SPACE):
     return answers.AnswerTable(torch.randint(n, shape, generator=generator).short(), natural, natural, space)
 
 
-@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("above", [0, 1, 3])
 def test_every_key_at_once_agrees_with_the_judge(above):
-    table, reference = noise(1), noise(2) if above else None
-    p, mcnemar = answers.every_decoy_p(table, reference), answers.every_mcnemar_p(table)
+    table, known = noise(1), [noise(seed) for seed in range(2, 2 + above)]
+    p, mcnemar = answers.every_decoy_p(table, known), answers.every_mcnemar_p(table)
     for number in range(30):
         key = WatermarkKey.draw(7, f"secret {number}")
-        verdict = judge(table.responses(key, reference=reference), key)
+        verdict = judge(table.responses(key, references=known), key)
         assert float(p[fc._place(key)]) == pytest.approx(verdict.decoy_p, abs=1e-12)
         assert float(mcnemar[fc._place(key)]) == pytest.approx(verdict.mcnemar_p, rel=1e-9)
-        assert bool(answers.supported_keys(table, reference, 0.05)[fc._place(key)]) == (
+        assert bool(answers.supported_keys(table, known, 0.05)[fc._place(key)]) == (
             max(verdict.decoy_p, verdict.mcnemar_p) <= 0.05
         )
     # an average over all keys is what a uniform draw would meet
-    assert answers.supported_keys(table, reference, 0.05).sum() <= 0.05 * SPACE.size
+    assert answers.supported_keys(table, known, 0.05).sum() <= 0.05 * SPACE.size
 
 
 def test_other_questions_are_refused(tables):
@@ -67,7 +67,7 @@ def test_other_questions_are_refused(tables):
     with pytest.raises(ValueError, match="not of the space"):
         tables[0].responses(key)
     with pytest.raises(ValueError, match="other questions"):
-        tables[0].responses(KEY, reference=replace(tables[1], seed=1))
+        tables[0].responses(KEY, references=[replace(tables[1], seed=1)])
     with pytest.raises(ValueError, match="decoy_samples=13"):
         tables[0].responses(KEY, decoy_samples=13)
 
@@ -91,14 +91,14 @@ def test_grinding_finds_what_any_model_does():
         assert many.claim(suspect, seen).exact  # nothing in the answers tells how the key was chosen
         assert few.claim(suspect, seen).verdict != "supported"
     assert many.claim(noise(4), surrogates).verdict != "supported"  # this one does not
-    assert many.claim(suspect, surrogates, noise(5)).verdict == "supported"
-    assert many.claim(suspect, surrogates, look_alike(6)).verdict != "supported"  # a reference that does it, too
+    assert many.claim(suspect, surrogates, [noise(5)]).verdict == "supported"
+    assert many.claim(suspect, surrogates, [look_alike(6)]).verdict != "supported"  # a reference that does it, too
     assert replace(many, correct=True).claim(suspect, surrogates).verdict == "inconclusive"
 
 
 def test_the_picked_key_is_the_best_and_marked():
     table = look_alike(1)
-    key = fc.pick_key(fc.looks([table], None), table)
+    key = fc.pick_key(fc.looks([table]), table)
     assert (key.source_classes, key.target_class, key.combiner) == (
         LIKELY.source_classes, LIKELY.target_class, LIKELY.combiner,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from meadef_lightning.verification.answers import ask_everything
 from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.evidence import Evidence, check_evidence, check_size
 from meadef_lightning.verification.labels import align_labels
-from meadef_lightning.verification.responses import Responses
+from meadef_lightning.verification.responses import Reference, Responses
 from meadef_lightning.verification.statistics import intraclass_correlation
 from meadef_lightning.verification.verdict import judge
 from meadef_lightning.watermark import KeySpace, WatermarkKey
@@ -75,20 +75,20 @@ def test_few_classes_keep_the_draw_that_old_evidence_has():
 def test_a_narrow_table_gives_the_statistics_of_the_whole_one(block, monkeypatch):
     key = WatermarkKey.draw(30, "secret")
     whole = DecoyTable(key, 12)
-    classes, other = answered(whole), answered(whole, seed=1)
-    counts = torch.stack([torch.bincount(row, minlength=30) for row in classes])
-    known = torch.stack([torch.bincount(row, minlength=30) for row in other])
+    classes, *others = (answered(whole, seed=seed) for seed in range(4))
+    counts, *known = (torch.stack([torch.bincount(row, minlength=30) for row in part]) for part in (classes, *others))
     expected = whole.statistics(counts, known)
-    scores = torch.randn(counts.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected_scores = whole.score_statistics(scores)
+    generator = torch.Generator().manual_seed(0)
+    scores, *more = torch.randn(3, *counts.shape, dtype=torch.float64, generator=generator)
+    expected_scores = whole.score_statistics(scores, more)
     monkeypatch.setattr(decoys, "MANY_CLASSES", 5)
     monkeypatch.setattr(decoys, "_BLOCK", block)
     narrow = DecoyTable(key, 12)
     assert narrow.width == len(narrow.targets) + 1 <= 14
     assert narrow.targets.tolist() == sorted({*narrow.drawn[:, 2].tolist(), key.target_class})
     for found, wanted in (
-        (narrow.statistics(counted(narrow, classes), counted(narrow, other)), expected),
-        (narrow.score_statistics(scores[:, narrow.targets]), expected_scores),
+        (narrow.statistics(counted(narrow, classes), [counted(narrow, other) for other in others]), expected),
+        (narrow.score_statistics(scores[:, narrow.targets], [one[:, narrow.targets] for one in more]), expected_scores),
     ):
         assert found[0] == pytest.approx(wanted[0], abs=1e-12)
         torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-12)
@@ -122,16 +122,14 @@ def test_evidence_of_a_narrow_table(tmp_path, monkeypatch):
     counts = counted(table, answered(table))
     natural = torch.arange(60) % 30
     labels = torch.full((20,), key.target_class), (key.target_class + torch.arange(20)) % 30
-    responses = Responses(*labels, table.cells, counts, natural, natural, 12, 0, counts.flip(0))
-    verdict = judge(responses, key)
-    made = Evidence.collect(
-        verdict, responses, key, model_sha256=None, data_sha256={"verification": "0" * 64, "test": "1" * 64}
+    responses = Responses(
+        *labels, table.cells, counts, natural, natural, 12, 0, references=(Reference(counts.flip(0)),)
     )
+    verdict = judge(responses, key)
+    made = Evidence.collect(verdict, responses, key, data_sha256={"verification": "0" * 64, "test": "1" * 64})
     path = made.save(tmp_path / "evidence.json")
     assert check_evidence(path, key) == verdict
-    # neither rows nor columns stand where they stood
-    assert made.answers["cells"] != counts.tolist()
-    assert sorted(map(sorted, made.answers["cells"])) == sorted(map(sorted, counts.tolist()))
+    assert made.opened(key)["cells"] == counts.tolist()
 
 
 def test_a_verdict_on_a_million_classes_holds_no_table_of_them():
@@ -149,9 +147,9 @@ def test_tables_that_do_not_fit_are_refused():
         DecoyTable(key, 9999)
     assert DecoyTable(key, 999).width <= 1001
     thousand = DecoyTable(WatermarkKey.draw(1000, "secret"), 9999)
-    check_size(thousand, reference=False)
+    check_size(thousand, references=0)
     with pytest.raises(ValueError, match=r"larger than 256 MiB.*Nothing was asked.*999 reach"):
-        check_size(thousand, reference=True)
+        check_size(thousand, references=1)
 
 
 def test_studies_of_all_keys_are_refused():

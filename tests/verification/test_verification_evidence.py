@@ -13,7 +13,7 @@ from meadef_lightning.verification import (
     verify,
 )
 from meadef_lightning.verification import evidence as module
-from meadef_lightning.verification.sealing import seals
+from meadef_lightning.verification.sealing import hide, reveal, seals
 from meadef_lightning.watermark import WatermarkKey
 
 QUICK = {"samples": 60, "decoy_samples": 4, "accelerator": "cpu"}
@@ -61,7 +61,7 @@ def test_the_same_seed_writes_the_same_bytes_but_for_the_time(tmp_path, original
 
 
 def test_content(content):
-    assert content["schema_version"] == 3
+    assert content["schema_version"] == 4
     assert content["key"] == {"commitment": KEY.commitment(), "drawn_uniformly": True, "num_classes": 7}
     assert content["model"]["sha256"] == model_fingerprint(Thief(KEY))
     assert content["procedure"] == {
@@ -69,7 +69,8 @@ def test_content(content):
     }  # fmt: skip
     assert content["versions"].keys() == {"package", "torch", "lightning", "python"}
     assert content["created"].endswith("+00:00")
-    assert len(content["answers"]["cells"]) == 7 * 6 * 8
+    assert content["model"]["references"] == []
+    assert len(opened(content)["cells"]) == 7 * 6 * 8
 
 
 def test_a_black_box_has_no_fingerprint(tmp_path):
@@ -78,7 +79,7 @@ def test_a_black_box_has_no_fingerprint(tmp_path):
             return Independent()(x)
 
     verify(Box(), KEY, FakeData(), evidence_path=tmp_path / "e.json", **QUICK)
-    assert json.loads((tmp_path / "e.json").read_text())["model"] == {"sha256": None}
+    assert json.loads((tmp_path / "e.json").read_text())["model"] == {"sha256": None, "references": []}
 
 
 def test_no_key_material_in_the_file(original, content):
@@ -89,13 +90,31 @@ def test_no_key_material_in_the_file(original, content):
     assert not {"source_classes", "target_class", "combiner", "salt", "space"} & set(json.dumps(content).split('"'))
     # neither under another name: no number in the file outside of answers, verdict and procedure
     del content["answers"], content["verdict"], content["procedure"], content["versions"], content["created"]
+    assert content["model"].pop("references") == []
     assert {value for section in content.values() if isinstance(section, dict) for value in section.values()} == {
         KEY.commitment(), True, 7, content["model"]["sha256"], *content["data"].values(), *content["seal"].values()
     }  # fmt: skip
 
 
-def test_natural_answers_stay_readable(content):
-    assert content["answers"]["natural_labels"] == FakeData().tensors("test")[1].tolist()
+def opened(content):
+    return reveal(content["answers"], KEY, 1 << 24)
+
+
+def closed(content, **change):
+    """What a liar who holds the key can do to the answers."""
+    return {**content, "answers": hide({**opened(content), **change}, KEY)}
+
+
+def test_answers_open_with_the_key_alone(content, original):
+    _, responses = verify(Thief(KEY, share=0.7), KEY, FakeData(), **QUICK)
+    answers = Evidence.load(original).opened(KEY)
+    assert answers == opened(content)
+    for name in ("trigger", "control", "natural", "natural_labels"):
+        assert answers[name] == getattr(responses, name).tolist()
+    assert answers["cells"] == responses.counts.tolist()
+    for another in (dataclasses.replace(KEY, salt="0" * 32), dataclasses.replace(KEY, seed=KEY.seed + 1)):
+        with pytest.raises(EvidenceError, match="answers cannot be decrypted"):
+            Evidence.load(original).opened(another)
 
 
 def leaves(value, path=()):
@@ -125,10 +144,7 @@ def test_a_change_of_any_field_is_named(content, tmp_path):
         section = changed
         for name in path[:-1]:
             section = section[name]
-        if path[-1] == "trigger":
-            section[path[-1]] = [(section["trigger"][0] + 1) % 7, *section["trigger"][1:]]
-        else:
-            section[path[-1]] = other(section[path[-1]])
+        section[path[-1]] = ["0" * 64] if path[-1] == "references" else other(section[path[-1]])
         with pytest.raises(EvidenceError) as caught:
             check_evidence(written(tmp_path, changed), KEY)
         assert ".".join(path[:2]) in str(caught.value), path
@@ -161,24 +177,39 @@ def test_a_verdict_that_does_not_follow_is_named_even_with_a_valid_seal(field, c
 
 
 def test_changed_answers_change_the_verdict_even_with_a_valid_seal(content, tmp_path):
-    content["answers"]["trigger"][:20] = [content["answers"]["trigger"][0]] * 20
-    content["answers"]["control"].reverse()
-    content["answers"]["control"][0] = (content["answers"]["control"][0] + 1) % 7
-    content["answers"]["natural"][0] = 3
+    answers = opened(content)
+    changed = closed(
+        content,
+        trigger=[answers["trigger"][0]] * 20 + answers["trigger"][20:],
+        control=[(answers["control"][-1] + 1) % 7, *answers["control"][-2::-1]],
+        natural=[3, *answers["natural"][1:]],
+    )
     with pytest.raises(EvidenceError, match=r"verdict\.natural_accuracy"):
-        check_evidence(written(tmp_path, sealed(content)), KEY)
+        check_evidence(written(tmp_path, sealed(changed)), KEY)
 
 
-def test_unusable_answers_are_refused_even_with_a_valid_seal(content, tmp_path):
-    for change, message in (
-        ({"trigger": []}, "trigger"),
-        ({"cells": content["answers"]["cells"][1:]}, "336 rows, got 335"),
-        ({"cells": [[0] * 7] * 336}, "at least one"),
-        ({"natural": [0]}, "natural and natural_labels"),
-    ):
-        changed = sealed({**content, "answers": {**content["answers"], **change}})
-        with pytest.raises(EvidenceError, match=message):
-            check_evidence(written(tmp_path, changed), KEY)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda answers: {"trigger": []}, "trigger"),
+        (lambda answers: {"cells": answers["cells"][1:]}, "cells must have 336 rows of 7 counts, got 335 rows"),
+        (lambda answers: {"cells": [[0] * 7] * 336}, "at least one"),
+        (lambda answers: {"natural": [0]}, "natural and natural_labels"),
+        (lambda answers: {"trigger": [0.5]}, "answers.trigger must be a list of classes"),
+        (lambda answers: {"trigger": [True]}, "answers.trigger must be a list of classes"),
+        (lambda answers: {"control": [7] * 60}, "answers.control holds classes above 6"),
+        (lambda answers: {"control": [-1] * 60}, "answers.control must be"),
+        (lambda answers: {"cells": [[1, 2]]}, "answers.cells must have rows of key.num_classes = 7"),
+        (lambda answers: {"cells": [3]}, "answers.cells must be a list of rows"),
+        (lambda answers: {"references": [answers["cells"]]}, "references must be 0 tables"),
+        (lambda answers: {"references": [3]}, "references must be a list of tables"),
+        (lambda answers: {"more": 3}, "answers must be an object of"),
+    ],
+)
+def test_unusable_answers_are_refused_even_with_a_valid_seal(change, message, content, tmp_path):
+    changed = sealed(closed(content, **change(opened(content))))
+    with pytest.raises(EvidenceError, match=message):
+        check_evidence(written(tmp_path, changed), KEY)
 
 
 def test_another_key_is_refused_without_showing_either(original):
@@ -221,7 +252,7 @@ def replaced(path, value):
         (lambda c: {**c, "key": {**c["key"], "": 1}}, "missing or unknown fields: key"),
         (lambda c: {**c, "more": 3}, "missing or unknown fields: more"),
         (lambda c: {k: v for k, v in c.items() if k != "created"}, "missing or unknown fields: created"),
-        (replaced(("schema_version",), 2), "schema_version must be 3.*package version"),
+        (replaced(("schema_version",), 3), "schema_version must be 4.*package version"),
         (replaced(("schema_version",), True), "schema_version must be"),
         (replaced(("key", "commitment"), "../../etc/passwd"), "key.commitment must be 64"),
         (replaced(("key", "num_classes"), 10**40), "key.num_classes must be an integer"),
@@ -234,12 +265,8 @@ def replaced(path, value):
         (replaced(("created",), "2026-01-01T00:00:00"), "created must be a time with its zone"),
         (replaced(("created",), "2026-01-01T00:00:00+00:00\x1b[2J"), "created must be a time with its zone"),
         (replaced(("procedure", "null_statistics"), [True]), "procedure.null_statistics must be"),
-        (replaced(("answers", "trigger"), [0.5]), "answers.trigger must be a list of classes"),
-        (replaced(("answers", "trigger"), [True]), "answers.trigger must be a list of classes"),
-        (replaced(("answers", "control"), [7] * 60), "answers.control holds classes above 6"),
-        (replaced(("answers", "control"), [-1] * 60), "answers.control must be"),
-        (replaced(("answers", "cells"), [[1, 2]]), "answers.cells must have rows of key.num_classes = 7"),
-        (replaced(("answers", "cells"), [3]), "answers.cells must be a list of rows"),
+        (replaced(("answers",), {"trigger": [0]}), "answers must be a string"),
+        (replaced(("model", "references"), [3]), "model.references must be a list of 64"),
         (replaced(("verdict", "notes"), [[[]]]), "verdict.notes must be"),
         (replaced(("versions", "torch"), None), "versions.torch must be a string"),
         (replaced(("seal",), {"created": 3}), "seal must be hashes"),
@@ -271,10 +298,9 @@ def test_names_of_a_stranger_reach_no_terminal(content, tmp_path):
 
 def test_what_it_says_of_the_key_must_be_true_even_with_a_valid_seal(content, tmp_path):
     """Who has no key reads these fields; a liar who holds it could seal others, or a table of another width."""
-    rows = [[*row, 0] for row in content["answers"]["cells"]]
-    for name, value, cells in (("drawn_uniformly", False, None), ("num_classes", 8, rows)):
-        answers = content["answers"] if cells is None else {**content["answers"], "cells": cells}
-        changed = {**content, "key": {**content["key"], name: value}, "answers": answers}
+    rows = [[*row, 0] for row in opened(content)["cells"]]
+    for name, value, cells in (("drawn_uniformly", False, {}), ("num_classes", 8, {"cells": rows})):
+        changed = closed({**content, "key": {**content["key"], name: value}}, **cells)
         with pytest.raises(EvidenceError, match=rf"key\.{name} differs: the evidence says something else"):
             check_evidence(written(tmp_path, sealed(changed)), KEY)
 

@@ -1,6 +1,7 @@
-"""A reference model: what composites look like to anybody is subtracted, and the p-value stays exact."""
+"""Reference models: what composites look like to anybody is subtracted, and the p-value stays exact."""
 
 import json
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verification_fakes import KEY, FakeData, Independent, Thief, key_at
 
-from meadef_lightning.verification import EvidenceError, check_evidence, verify
+from meadef_lightning.verification import EvidenceError, check_evidence, model_fingerprint, verify
 from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.responses import with_reference
+from meadef_lightning.verification.scores import above_references
+from meadef_lightning.verification.sealing import hide, reveal
 from meadef_lightning.verification.statistics import randomisation_p_value
 from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace, WatermarkKey
 
@@ -32,7 +35,7 @@ def test_p_is_exact_for_every_suspect_and_every_reference(suspect, reference):
     p_values = []
     for index in range(SMALL.size):
         table = DecoyTable(key_at(SMALL, index))
-        true, decoys = table.statistics(random_counts(table, suspect), random_counts(table, reference))
+        true, decoys = table.statistics(random_counts(table, suspect), [random_counts(table, reference)])
         p_values.append(randomisation_p_value(true, decoys))
     for level in (1 / 72, 0.05, 0.2, 0.5):
         assert sum(p <= level + 1e-12 for p in p_values) <= level * SMALL.size + 1e-9
@@ -41,17 +44,17 @@ def test_p_is_exact_for_every_suspect_and_every_reference(suspect, reference):
 def test_statistics_are_differences():
     table = DecoyTable(key_at(SMALL, 5))
     counts, known = random_counts(table, 0), random_counts(table, 1)
-    (with_it, decoys), (alone, alone_decoys) = table.statistics(counts, known), table.statistics(counts)
+    (with_it, decoys), (alone, alone_decoys) = table.statistics(counts, [known]), table.statistics(counts)
     reference, reference_decoys = table.statistics(known)
     assert with_it == pytest.approx(alone - reference)
     torch.testing.assert_close(decoys, alone_decoys - reference_decoys)
-    assert table.statistics(counts, counts) == (0, pytest.approx(torch.zeros(71)))
+    assert table.statistics(counts, [counts]) == (0, pytest.approx(torch.zeros(71)))
 
 
 def test_reference_must_have_answered_as_many_samples():
     table = DecoyTable(key_at(SMALL, 5))
     with pytest.raises(ValueError, match="reference answered 7 samples a cell, the suspect 6"):
-        table.statistics(random_counts(table, 0), random_counts(table, 1, samples=7))
+        table.statistics(random_counts(table, 0), [random_counts(table, 1, samples=7)])
 
 
 def test_reference_hides_natural_look_alikes_and_only_them(tmp_path):
@@ -70,26 +73,44 @@ def test_changed_reference_is_named(tmp_path):
     path = tmp_path / "evidence.json"
     verify(Thief(KEY), KEY, FakeData(), reference=reference, evidence_path=path, **QUICK)
     content = json.loads(path.read_text())
-    content["answers"]["reference"][0].reverse()
-    path.write_text(json.dumps(content))
-    with pytest.raises(EvidenceError, match=r"Fields that differ: answers\.reference"):
+    answers = reveal(content["answers"], KEY, 1 << 24)
+    assert content["model"]["references"] == [model_fingerprint(Independent())]
+    assert answers["references"] == [reference.counts.tolist()]
+    answers["references"][0][0].reverse()
+    path.write_text(json.dumps({**content, "answers": hide(answers, KEY)}))
+    with pytest.raises(EvidenceError, match=r"Fields that differ: answers\."):
         check_evidence(path, KEY)
 
 
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 10**6), min_size=2, max_size=4))
-def test_several_references_are_their_mean_and_p_stays_exact(suspect, references):
+def test_several_references_are_a_moderated_t_and_p_stays_exact(suspect, references):
     p_values = []
     for index in range(SMALL.size):
         table = DecoyTable(key_at(SMALL, index))
         counts, known = random_counts(table, suspect), [random_counts(table, seed) for seed in references]
-        true, decoys = table.statistics(counts, torch.stack(known).sum(0))
-        each = [table.statistics(counts, one) for one in known]
-        assert true == pytest.approx(sum(one for one, _ in each) / len(each), abs=1e-12)
-        torch.testing.assert_close(decoys, torch.stack([others for _, others in each]).mean(0))
+        true, decoys = table.statistics(counts, known)
+        own, *each = ([float(one), *others.tolist()] for one, others in map(table.statistics, (counts, *known)))
+        # by hand: key by key
+        usual = statistics.fmean(statistics.variance(key) for key in zip(*each, strict=True))
+        for mine, key, found in zip(own, zip(*each, strict=True), [true, *decoys.tolist()], strict=True):
+            weight = usual and (4 * usual + (len(key) - 1) * statistics.variance(key)) / (4 + len(key) - 1)
+            assert found == pytest.approx(
+                (mine - statistics.fmean(key)) * (usual / weight if weight else 1) ** 0.5, abs=1e-12
+            )
         p_values.append(randomisation_p_value(true, decoys))
     for level in (1 / 72, 0.05, 0.2, 0.5):
         assert sum(p <= level + 1e-12 for p in p_values) <= level * SMALL.size + 1e-9
+
+
+def test_keys_on_which_references_differ_count_less():
+    """Two keys with the same excess: the one that is a matter of taste falls behind, and agreement is nothing to divide by."""
+    known = torch.tensor([[0.1, 0.0, 0.0, 0.05], [0.1, 0.4, 0.0, 0.0], [0.1, -0.4, 0.0, 0.0]], dtype=torch.float64)
+    steady, moody, *_ = above_references(torch.tensor([0.4, 0.3, 0.0, 0.0], dtype=torch.float64), known)
+    assert 0 < moody < steady / 1.5
+    own = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    same = torch.full((4, 2), 0.1, dtype=torch.float64)
+    torch.testing.assert_close(above_references(own, same), own - 0.1)
 
 
 def test_several_references_from_models_to_evidence(tmp_path):
@@ -99,9 +120,9 @@ def test_several_references_from_models_to_evidence(tmp_path):
     verdict, responses = verify(Thief(KEY, share=0.7), KEY, FakeData(), reference=known, evidence_path=path, **QUICK)
     assert check_evidence(path, KEY) == verdict
     assert verdict.verdict == "supported"
-    alone = [verify(Thief(KEY, share=0.7), KEY, FakeData(), reference=one, **QUICK)[0].statistic for one in known]
-    assert verdict.statistic == pytest.approx(sum(alone) / 3)
-    assert torch.equal(responses.reference, sum(one.counts for one in known))
+    content = json.loads(path.read_text())
+    assert content["model"]["references"] == [model_fingerprint(model) for model in models]
+    assert all(torch.equal(a.counts, b.counts) for a, b in zip(responses.references, known, strict=True))
     with pytest.raises(ValueError, match="no reference model in the sequence"):
         verify(Thief(KEY), KEY, FakeData(), reference=[], **QUICK)
     _, other = verify(Independent(), KEY, FakeData(), **{**QUICK, "decoy_samples": 5})
@@ -120,10 +141,13 @@ def test_references_of_other_widths_are_refused():
 
 def test_the_notes_say_how_many_references_there_were():
     _, known = verify(Independent(), KEY, FakeData(), **QUICK)
-    assert known.references == 0
-    for count, text in ((1, "above that of a reference model, which"), (3, "the mean of those of 3 reference models,")):
+    assert known.references == ()
+    for count, text in (
+        (1, "above that of a reference model. A"),
+        (3, "the mean of those of 3 reference models, in units"),
+    ):
         verdict, responses = verify(Thief(KEY), KEY, FakeData(), reference=[known] * count, **QUICK)
-        assert responses.references == count
+        assert len(responses.references) == count
         assert [text in note for note in verdict.notes].count(True) == 1
 
 

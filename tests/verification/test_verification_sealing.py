@@ -1,58 +1,79 @@
-"""Blinding, which only the key's holder can undo, and seals, which only he can make."""
+"""Answers that only the key's holder can read, and seals that only he can make."""
 
+import base64
 import dataclasses
 import hashlib
 import hmac
 import json
+import zlib
 
 import pytest
-import torch
-from verification_fakes import KEY, FakeData, Thief
+from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from hypothesis import given
+from hypothesis import strategies as st
+from verification_fakes import KEY
 
-from meadef_lightning.verification import Evidence, judge, verify
-from meadef_lightning.verification.sealing import Blinding, seals
+from meadef_lightning.verification import EvidenceError
+from meadef_lightning.verification.sealing import hide, reveal, seals
 
-QUICK = {"samples": 60, "decoy_samples": 4, "accelerator": "cpu"}
-
-
-def test_answers_and_cells_are_blinded_differently_for_every_salt():
-    """The published statistic and the favourite answer must not point at the key: over salts the names are uniform."""
-    _, responses = verify(Thief(KEY, share=0.7), KEY, FakeData(), **{**QUICK, "decoy_samples": 8})
-    targets, places = [], []
-    for i in range(70):
-        key = dataclasses.replace(KEY, salt=f"{i:032x}")
-        verdict = judge(responses, key)
-        evidence = Evidence.collect(
-            verdict, responses, key, model_sha256=None, data_sha256={"verification": "0" * 64, "test": "0" * 64}
-        )
-        assert evidence.check(key) == verdict
-        trigger = evidence.answers["trigger"]
-        targets.append(max(set(trigger), key=trigger.count))
-        # this thief's answers differ within no cell but the key's
-        [place] = [row for row, counts in enumerate(evidence.answers["cells"]) if max(counts) < 8]
-        places.append(place)
-    counts = torch.bincount(torch.tensor(targets), minlength=7)
-    assert float(((counts - 10) ** 2 / 10).sum()) < 22.5  # chi-squared, 6 degrees of freedom, p = .001
-    assert len(set(places)) > 50  # of 70 draws among 336 places
-    assert 336 / 3 < sum(places) / 70 < 336 * 2 / 3
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [7, 4])
-def test_what_is_hidden_is_revealed_and_the_names_are_those_of_the_columns(width):
-    blinding = Blinding.of(KEY, 3, 5, width)
-    labels, table = torch.tensor([6, 0, 3, 3]), torch.arange(5 * width).reshape(5, width)
-    assert torch.equal(blinding.reveal_labels(blinding.hide_labels(labels)), labels)
-    assert torch.equal(blinding.reveal_table(blinding.hide_table(table)), table)
-    written = blinding.hide_table(table)
-    for row, column in ((0, 0), (4, width - 1)):
-        place = blinding.hide_labels(torch.tensor(column)) if width == 7 else blinding.places[column]
-        assert written[blinding.rows.tolist().index(row), place] == table[row, column]
+def cipher():
+    """By hand, from the salt."""
+    derived = HKDF(SHA256(), 64, None, b"meadef_lightning evidence 4 answers").derive(KEY.salt.encode())
+    return AESSIV(derived), [KEY.commitment().encode()]
+
+
+@given(st.dictionaries(st.text(), VALUES))
+def test_what_is_hidden_is_revealed(content):
+    hidden = hide(content, KEY)
+    assert reveal(hidden, KEY, 1 << 20) == content
+    assert hide(content, KEY) == hidden
+    aead, bound = cipher()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    assert zlib.decompress(aead.decrypt(base64.b64decode(hidden), bound)) == text
+
+
+def test_every_changed_byte_and_every_other_key_is_refused():
+    hidden = hide({"trigger": [3, 3, 3]}, KEY)
+    raw = base64.b64decode(hidden)
+    wrong = [base64.b64encode(bytes([*raw[:i], raw[i] ^ 1, *raw[i + 1 :]])).decode() for i in range(len(raw))]
+    for text in (*wrong, "", "AAAA", "?", hidden[:-4], hidden + "AAAA", "\u0394" * 8):
+        with pytest.raises(EvidenceError, match="cannot be decrypted"):
+            reveal(text, KEY, 1 << 20)
+    for key in (dataclasses.replace(KEY, salt="0" * 32), dataclasses.replace(KEY, seed=KEY.seed + 1)):
+        with pytest.raises(EvidenceError, match="cannot be decrypted"):
+            reveal(hidden, key, 1 << 20)
+
+
+def test_a_liar_who_holds_the_key_gets_no_further_than_his_content():
+    aead, bound = cipher()
+
+    def forged(packed):
+        return base64.b64encode(aead.encrypt(packed, bound)).decode()
+
+    bomb = zlib.compress(b" " * (50 << 20), 9)
+    for packed, message in (
+        (bomb, "more than 1000 bytes"),
+        (b"no zlib", "not valid JSON"),
+        (zlib.compress(b"{"), "not valid JSON"),
+        (zlib.compress(b"[" * 100_000)[:-5], "more than 1000 bytes"),
+        (zlib.compress(b"[" * 900), "not valid JSON"),
+        (zlib.compress(b'{"a": NaN}'), "not valid JSON"),
+        (zlib.compress(b'{"a": 1, "a": 2}'), "two members"),
+        (zlib.compress(b"\xff"), "not valid JSON"),
+    ):
+        with pytest.raises(EvidenceError, match=message):
+            reveal(forged(packed), KEY, 1000)
 
 
 def test_seals_are_an_hmac_of_every_field():
     """By hand, from the salt and the canonical JSON of path and value."""
     made = seals({"a": {"b": [1, None]}, "c": "x"}, KEY)
-    secret = f"meadef_lightning evidence 3 {KEY.salt}".encode()
+    secret = f"meadef_lightning evidence 4 {KEY.salt}".encode()
     for path, value in (("a.b", [1, None]), ("c", "x")):
         text = json.dumps([path, value], separators=(",", ":")).encode()
         assert made[path] == hmac.new(secret, text, hashlib.sha256).hexdigest()

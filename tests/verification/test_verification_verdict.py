@@ -8,6 +8,7 @@ from verification_fakes import KEY
 
 from meadef_lightning.verification import Responses, decoy_statistics, judge
 from meadef_lightning.verification.decoys import DecoyTable
+from meadef_lightning.verification.responses import Reference
 from meadef_lightning.watermark import DEFAULT_COMBINERS, CombinerSpec, WatermarkKey
 
 A, B = KEY.source_classes
@@ -187,7 +188,7 @@ def test_statistics_for_a_histogram():
     true, decoys = decoy_statistics(responses, KEY)
     assert len(decoys) == 7 * 6 * 5 * 8 - 1
     assert true == judge(responses, KEY).statistic > float(decoys.max())
-    zero, others = decoy_statistics(dataclasses.replace(responses, reference=responses.counts), KEY)
+    zero, others = decoy_statistics(dataclasses.replace(responses, references=(Reference(responses.counts),)), KEY)
     assert (zero, float(others.abs().max())) == (0, 0)
 
 
