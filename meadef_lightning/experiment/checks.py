@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from meadef_lightning.data.base import SplitDataModule
+from meadef_lightning.detection.base import ModelDetector
 from meadef_lightning.experiment.messages import allowed, suggestion
 from meadef_lightning.experiment.spec import DetectionSpec, ExperimentSpec, RemovalSpec
 from meadef_lightning.oracle import Oracle, QueryLedger, Soft
@@ -91,6 +92,13 @@ def check_experiment(spec: ExperimentSpec) -> None:
     for kind, acting in (("removal", spec.removal), ("detection", spec.detection)):
         for item in acting:
             _check_acting(kind, item)
+    for search in spec.detection:
+        controls = sorted(set(search.of).intersection(spec.clean_names))
+        if controls and isinstance(search.method, ModelDetector):
+            raise MisconfigurationException(
+                f"detection {search.name!r} acts on {controls}: a search of models takes the clean ones for its controls anyway. Leave them "
+                "out of its `of`; only detectors of inputs name them."
+            )
 
 
 def check_stages(spec: ExperimentSpec, key: WatermarkKey, data: SplitDataModule) -> None:

@@ -30,6 +30,8 @@ DETECTION_COLUMNS = (
         "auc",
         "true_rate",
         "false_rate",
+        "named_target",
+        "key_rank",
     ),
 )
 REMOVAL_COLUMNS = (
@@ -45,7 +47,7 @@ RESERVED_COLUMNS = tuple(dict.fromkeys(column for columns in COLUMNS.values() fo
 
 RATES: dict[Of, tuple[str, ...]] = {
     "suspects": ("accuracy", "fidelity", "wsr", "wfpr", "supported"),
-    "detection": ("auc", "true_rate", "false_rate", "decision"),
+    "detection": ("auc", "true_rate", "false_rate", "named_target", "decision"),
     "removal": ("accuracy", "wsr", "wfpr"),
 }
 """What can be averaged: rates in [0, 1]. ``supported`` and ``decision`` are shares of verdicts."""
@@ -69,6 +71,7 @@ TITLES = {
     "auc": "AUC",
     "true_rate": "found",
     "false_rate": "false alarms",
+    "named_target": "named target",
     "decision": "called marked",
     "queries": "distinct queries",
 }

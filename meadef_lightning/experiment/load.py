@@ -107,12 +107,16 @@ class Experiment:
         ]
         check_names("Attacks and controls", thefts + controls, RESERVED.union(spec.reference_names))
         patched = ["patched"] if spec.patched.model is not None else []
-        for kind, acting in (("removal", spec.removal), ("detection", spec.detection)):
+        marked = ["victim", *patched, *thefts]
+        for kind, acting, there in (
+            ("removal", spec.removal, marked),
+            ("detection", spec.detection, marked + spec.clean_names),
+        ):
             check_names(f"The entries of {kind}", [item.name for item in acting], RESERVED)
-            unknown = sorted({name for item in acting for name in item.of} - {"victim", *patched, *thefts})
+            unknown = sorted({name for item in acting for name in item.of}.difference(there))
             if unknown:
                 raise MisconfigurationException(
-                    f"{kind} acts on {unknown}, which this experiment does not have. There are: victim, {', '.join(patched + thefts)}"
+                    f"{kind} acts on {unknown}, which this experiment does not have. There are: {', '.join(there)}"
                     + ("." if patched else "; for `patched` give patched.model.")
                 )
         if not spec.independent or any(control.count < 1 for control in spec.independent):

@@ -118,10 +118,10 @@ def detection_table(report: Report) -> Table:
         title="Searches for a watermark", box=box.SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left"
     )
     for name in ("search", "in", "of"):
-        table.add_column(name)
-    for name in ("AUC", "found", "false alarms", "score", "threshold"):
+        table.add_column(name, overflow="fold")  # on a narrow terminal, rather than cut
+    for name in ("AUC", "found", "false\nalarms", "score", "threshold", "named\ntarget", "key\nrank"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("decision")
+    table.add_column("decision", no_wrap=True)
     for row in report.detection:
         rates = (NOT_ASKED if rate is None else f"{100 * rate:.0f} %" for rate in (row.true_rate, row.false_rate))
         table.add_row(
@@ -131,6 +131,8 @@ def detection_table(report: Report) -> Table:
             NOT_ASKED if row.auc is None else f"{row.auc:.2f}",
             *rates,
             *(f"{value:.3g}" for value in (row.score, row.threshold)),
+            NOT_ASKED if row.named_target is None else f"{100 * row.named_target:.0f} %",
+            NOT_ASKED if row.key_rank is None else f"{row.key_rank:.6g}",
             Text("marked" if row.decision else "clean", style="yellow" if row.decision else ""),
         )
     return table

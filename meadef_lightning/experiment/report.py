@@ -1,6 +1,7 @@
 """What an experiment found: the schema of ``report.json``.
 
-Other programs read it; whatever changes its form changes `SCHEMA_VERSION`.
+Other programs read it; whatever changes what they find there changes `SCHEMA_VERSION`. Members that were added since (`_ADDED`) are null in
+a report that was written without them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from meadef_lightning.experiment.rows import (
 
 SCHEMA_VERSION = 2
 _LISTS: dict[str, type] = {"suspects": SuspectRow, "removal": RemovalRow, "detection": DetectionRow}
+_ADDED: dict[type, tuple[str, ...]] = {DetectionRow: ("named_target", "key_rank")}
 
 
 def _check_version(version: Any) -> None:
@@ -119,6 +121,8 @@ class Report:
                 rows = []
                 for index, row in enumerate(members[name]):
                     where = f"{name}[{index}]: "
+                    if isinstance(row, Mapping) and row:
+                        row = {**dict.fromkeys(_ADDED.get(row_type, ())), **row}
                     values = members_of("it", row, row_type)
                     if row_type is RemovalRow:
                         if not isinstance(values["curve"], list):

@@ -24,7 +24,7 @@ from meadef_lightning.victims.downstream import DownstreamClassifier, EncoderCla
 from meadef_lightning.victims.encoder import Encoder
 
 Finding = tuple[str, str, dict[str, Any]]
-"""Name of a search, name of the model, and what ``detection_stage`` returned."""
+"""Name of a search, name of the model, and what ``detection_stage`` returned, with the mark's ``target`` class."""
 
 
 class Robustness:
@@ -132,7 +132,8 @@ class Robustness:
     def searches(self) -> list[tuple[str, int, str]]:
         """Returns the stage's name, the detector's position and the model of every search.
 
-        Detectors of models search the clean ones, too: without them, no score says anything.
+        Detectors of models search the clean ones, too: without them, no score says anything. Detectors of inputs have natural images for
+        controls, and see the key's samples at a clean model where it is named.
         """
         todo = []
         for i, spec in enumerate(self.spec.detection):
@@ -153,8 +154,15 @@ class Robustness:
             lambda: self._probe(of),
             derived_seed(self.run.seed, name),
             self.run.track("detect"),
+            None if of == "patched" else self.run.key,
         )
-        return spec.name, of, result
+        # not the stage's to keep: finished searches know what they flagged, and need not be run again
+        return spec.name, of, {**result, "target": self._target(of)}
+
+    def _target(self, of: str) -> int:
+        """Returns the class that a model's mark asks for; of a clean one the key's, which it knows nothing of."""
+        patched = self.spec.patched.model
+        return patched.target_class if of == "patched" and patched is not None else self.run.key.target_class
 
     def trigger_figures(self) -> Iterator[ReportFigure]:
         """Yields the pictures of inverted triggers."""
@@ -177,15 +185,17 @@ def detection_rows(findings: list[Finding], clean: list[str]) -> list[DetectionR
         clean: Names of the models that are negative controls.
 
     Returns:
-        One row for every detector and attacked model; rates and AUC are over seeds (models), or means over seeds (inputs).
+        One row for every detector and attacked model, and for every clean one whose inputs were screened; rates and AUC are over seeds
+        (models), or means over seeds (inputs).
     """
     rows = []
     for attack, target in dict.fromkeys((attack, target) for attack, target, _ in findings):
         mine = [found for a, t, found in findings if (a, t) == (attack, target)]
-        if target in clean:
+        level = "inputs" if "auc" in mine[0] else "model"
+        if level == "model" and target in clean:
             continue
         flagged = float(np.mean([found["decision"] for found in mine]))
-        level = "inputs" if "auc" in mine[0] else "model"
+        named, ranks = None, [found.get("key_rank") for found in mine]
         if level == "inputs":
             auc, true_rate, false_rate = (
                 float(np.mean([found[name] for found in mine])) for name in ("auc", "true_rate", "false_rate")
@@ -194,6 +204,7 @@ def detection_rows(findings: list[Finding], clean: list[str]) -> list[DetectionR
             controls = [found for a, t, found in findings if a == attack and t in clean]
             auc = roc_auc([found["score"] for found in mine], [found["score"] for found in controls])
             true_rate, false_rate = flagged, float(np.mean([found["decision"] for found in controls]))
+            named = float(np.mean([found["target"] in found["flagged"] for found in mine]))
         rows.append(
             DetectionRow(
                 attack=attack,
@@ -205,6 +216,9 @@ def detection_rows(findings: list[Finding], clean: list[str]) -> list[DetectionR
                 auc=auc,
                 true_rate=true_rate,
                 false_rate=false_rate,
+                named_target=named,
+                # a median of those seeds that have one would be of other seeds than the rest of the row
+                key_rank=None if None in ranks else float(np.median(ranks)),  # type: ignore[arg-type]
             )
         )
     return rows

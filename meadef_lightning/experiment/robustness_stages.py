@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.data.thief import ThiefData
 from meadef_lightning.detection.base import Finding, InputDetector, ModelDetector, roc_auc
+from meadef_lightning.detection.mixture_scan import MixtureFinding
 from meadef_lightning.experiment.artifacts import (
     file_sha256,
     is_rank_zero,
@@ -153,6 +154,7 @@ def detection_stage(
     probe: Callable[[], Probe],
     seed: int,
     track: Track = untracked,
+    key: WatermarkKey | None = None,
 ) -> dict[str, Any]:
     """Searches one model, or screens the watermark samples among the queries that it is asked.
 
@@ -165,9 +167,11 @@ def detection_stage(
         probe: Makes what holds the watermark samples among the queries; called only for a detector of inputs.
         seed: Seed of the search.
         track: Follows the stage.
+        key: The model's mark, which a method that ranks keys is asked for; ``None`` where it is none, as of a patched model.
 
     Returns:
-        What ``result.json`` holds: score, threshold, decision; for inputs auc, true_rate and false_rate.
+        What ``result.json`` holds: score, threshold, decision; for inputs auc, true_rate and false_rate; for models the classes' scores,
+        those flagged, and from a method that ranks keys the rank of this one.
     """
     with Stage(directory, directory.name, inputs) as stage, track(stage):
         if not stage.done:
@@ -175,6 +179,8 @@ def detection_stage(
             if isinstance(spec.method, ModelDetector):
                 finding = spec.method.inspect(network, thief, seed)
                 result = _of_model(finding)
+                if isinstance(finding, MixtureFinding) and key is not None:
+                    result["key_rank"] = key_rank(finding, key)
                 if finding.pictures is not None and is_rank_zero():
                     trigger_pictures(
                         finding.pictures, finding.classes, finding.flagged, data.class_names, data.mean, data.std,
@@ -196,6 +202,15 @@ def _of_model(finding: Finding) -> dict[str, Any]:
         "classes": [_finite(float(value)) for value in finding.classes],
         "flagged": [int(label) for label in finding.flagged],
     }
+
+
+def key_rank(finding: MixtureFinding, key: WatermarkKey) -> float:
+    """Says where a key's classes stand among all that a search has scored, 1 for the most suspicious.
+
+    Of a method that cannot tell the order of the two sources, every score is there twice: pairs without an order are counted.
+    """
+    rank = finding.rank_of(key.source_classes, key.target_class)
+    return (rank + 0.5) / 2 if torch.equal(finding.pairs, finding.pairs.transpose(0, 1)) else rank
 
 
 def _of_inputs(

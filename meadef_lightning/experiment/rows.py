@@ -247,8 +247,12 @@ class DetectionRow:
         decision: whether the model is called marked; for ``inputs``, whether most of the watermark samples are.
         auc: area under the ROC curve: this model against the clean ones, or its watermark samples against natural ones; null where
             there is nothing to compare with.
-        true_rate: share of watermark samples that are flagged; null for models.
+        true_rate: share of watermark samples, or of the searched models, that are flagged, whatever for.
         false_rate: share of natural samples, or of clean models, that are flagged.
+        named_target: share of the searched models of whose flagged classes one is the mark's target: a model that is flagged for other
+            classes only is a false alarm; null for ``inputs``.
+        key_rank: where the key's sources and target stand among all that the method ranks, 1 for the most suspicious, the median over
+            seeds; null where it ranks none, where the model's mark is no key's, and where a search of an earlier release has not kept it.
     """
 
     attack: str
@@ -260,6 +264,8 @@ class DetectionRow:
     auc: float | None
     true_rate: float | None
     false_rate: float | None
+    named_target: float | None = None
+    key_rank: float | None = None
 
     def __post_init__(self) -> None:
         text("attack", self.attack)
@@ -270,6 +276,10 @@ class DetectionRow:
             object.__setattr__(self, name, finite(name, getattr(self, name)))
         if not isinstance(self.decision, bool):
             raise ValueError(f"decision must be true or false, not {self.decision!r}")
-        for name in ("auc", "true_rate", "false_rate"):
+        for name in ("auc", "true_rate", "false_rate", "named_target"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, rate(name, getattr(self, name)))
+        if self.key_rank is not None:
+            object.__setattr__(self, "key_rank", finite("key_rank", self.key_rank))
+            if self.key_rank < 1:
+                raise ValueError(f"key_rank must be at least 1, the most suspicious, not {self.key_rank!r}")

@@ -193,7 +193,8 @@ class DetectionSpec:
     Args:
         name: Unique name.
         method: The detector. One that searches models also searches the clean ones, its negative controls.
-        of: Models it acts on, as for removals.
+        of: Models it acts on, as for removals. One that screens inputs may act on clean ones, too: ``clean``, or names of independent models.
+            What stands out there does so without any watermark.
         share: Share of the attacker's split that the searcher has, in ``(0, 1]``.
     """
 
@@ -263,3 +264,9 @@ class ExperimentSpec:
     def reference_names(self) -> list[str]:
         """The names of the reference models' stages: ``reference``, then ``reference-1``, ``reference-2`` and so on."""
         return ["reference", *(f"reference-{number}" for number in range(1, self.references))]
+
+    @property
+    def clean_names(self) -> list[str]:
+        """The names of the negative controls: ``clean``, and those of the independent models."""
+        # of a file that is still to be checked there may be none
+        return ["clean", *(name for control in self.independent or [] for name in control.names)]

@@ -37,7 +37,7 @@ def report(*suspects, **changes):
                 "victim.wrk", "victim", "WRK", "epochs", 0.05, 1, (PathPoint(0, 0.97, 1, 0.01),), {"his own": 0.5}
             ),
         ),
-        "detection": (DetectionRow("lof", "victim", "inputs", 1, 2.5, False, 0.5, 0.01, 0.02),),
+        "detection": (DetectionRow("lof", "victim", "inputs", 1, 2.5, False, 0.5, 0.01, 0.02, 0.5, 7),),
     }
     return Report(**{**values, **changes})
 

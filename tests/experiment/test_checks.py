@@ -36,6 +36,10 @@ def removal(**arguments):
     return [{"name": "tune", "of": ["victim"], "method": TUNING, **arguments}]
 
 
+def search(method, name, *of):
+    return [{"name": name, "of": list(of), "method": {"class_path": f"meadef_lightning.detection.{method}"}}]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -51,6 +55,9 @@ def removal(**arguments):
         (["removal"], removal(of=[]), r"removal 'tune' acts on \[\]: name at least one model"),
         (["removal"], removal(of=["victim", "victim"]), "each once"),
         (["removal"], removal(points=-1), "removal 'tune' has points=-1.0, a share of accuracy"),
+        (["removal"], removal(of=["clean"]), r"removal acts on \['clean'\], which this experiment does not have. There are: victim, soft"),
+        (["detection"], search("LocalOutlierFactor", "lof", "clean", "independent-0"), r"acts on \['independent-0'\].*There are: .*, clean, independent;"),
+        (["detection"], search("ABS", "abs", "victim", "clean"), r"detection 'abs' acts on \['clean'\]: a search of models takes the clean"),
         (["removal"], removal(share=0), "removal 'tune' has share=0.0, a share of the attacker's images"),
     ],
 )  # fmt: skip

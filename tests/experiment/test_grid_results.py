@@ -83,16 +83,19 @@ def test_figure_at_named_places():
 
 def test_removal_paths_and_searches_have_tables_of_their_own(tmp_path):
     path = RemovalRow("soft.pruning", "soft", "MagnitudePruning", "share", 1.0, 0.5, (PathPoint(0.0, 0.9, 0.8, 0.1), PathPoint(0.5, 0.7, 0.4, 0.0)))  # fmt: skip
-    found = DetectionRow("abs", "victim", "model", 3.0, 2.0, True, 0.75, 1.0, 0.25)
+    found = DetectionRow("abs", "victim", "model", 3.0, 2.0, True, 0.75, 1.0, 0.25, 0.5)
     content = changed(
-        table={"of": "detection", "rows": ["detector", "target"], "metrics": ["auc", "decision"], "over": ["network", "run"]},
+        table={"of": "detection", "rows": ["detector", "target"], "metrics": ["auc", "decision", "named_target"], "over": ["network", "run"]},
         figure={"of": "removal", "x": "strength", "series": ["target", "removal"], "over": ["run", "network"]},
     )  # fmt: skip
     grid = grid_of(content, EXPERIMENTS)
     one = report(suspects(0.7, 0.0, 0.0), removal=(path,), detection=(found,))
     files = merge(grid, [(cell, one) for cell in grid.cells()], tmp_path)
     assert {"grid-detection.csv", "grid-removal.csv"} < {file.name for file in files}
-    assert "| abs | victim | 75.0±0.0 | 100.0±0.0 |" in (tmp_path / "grid.md").read_text()
+    assert "| abs | victim | 75.0±0.0 | 100.0±0.0 | 50.0±0.0 |" in (tmp_path / "grid.md").read_text()
+    with (tmp_path / "grid-detection.csv").open() as file:
+        told = next(csv.DictReader(file))
+    assert (told["named_target"], told["key_rank"]) == ("0.5", "")
     with (tmp_path / "grid-removal.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10

@@ -20,6 +20,7 @@ from meadef_lightning.experiment.render import (
     write_report,
 )
 from meadef_lightning.experiment.report import Report
+from meadef_lightning.experiment.rows import DetectionRow
 
 SCHEMA = json.loads("""
 {"schema_version": 2, "experiment": "...", "seeds": [0], "key": {"commitment": "...", "drawn_uniformly": true},
@@ -32,7 +33,8 @@ SCHEMA = json.loads("""
               "curve": [{"strength": 0.0, "accuracy": 0.0, "wsr": 0.0, "wfpr": 0.0}],
               "gains": {"his own": 0.0}}],
  "detection": [{"attack": "...", "target": "...", "level": "model|inputs", "score": 0.0, "threshold": 0.0,
-                "decision": true, "auc": 0.0, "true_rate": 0.0, "false_rate": 0.0}]}
+                "decision": true, "auc": 0.0, "true_rate": 0.0, "false_rate": 0.0,
+                "named_target": 0.0, "key_rank": 0.0}]}
 """)
 
 
@@ -152,12 +154,29 @@ def change(path, value):
         (change(["suspects", 0, "wsr_ci"], [0.1]), r"suspects\[0\]: wsr_ci must be two numbers"),
         (change(["suspects", 0, "wsr_ci"], [0.9, 0.1]), r"suspects\[0\]: wsr_ci must be in order"),
         (change(["suspects", 0, "wsr_ci"], [-0.1, 0.1]), r"suspects\[0\]: wsr_ci must be a number in \[0, 1\]"),
+        (change(["detection", 0], []), r"detection\[0\]: it must be an object"),
+        (change(["detection", 0, "named_target"], 2), r"detection\[0\]: named_target must be a number in \[0, 1\]"),
+        (change(["detection", 0, "key_rank"], 0.5), r"detection\[0\]: key_rank must be at least 1"),
+        (change(["detection", 0, "key_rank"], float("inf")), r"detection\[0\]: key_rank must be a finite number"),
     ],
 )
 def test_damaged_reports_say_where(damage, message):
     obj = copy.deepcopy(report().to_dict())
     damage(obj)
     with pytest.raises(ValueError, match=message):
+        Report.from_dict(obj)
+
+
+def test_reports_of_earlier_releases_load_without_what_searches_say_since():
+    found = DetectionRow("abs", "victim", "model", 3.0, 2.0, True, 0.75, 1.0, 0.25, named_target=0.5, key_rank=1.5)
+    obj = report(detection=(found,)).to_dict()
+    for name in ("named_target", "key_rank"):
+        del obj["detection"][0][name]
+    (row,) = Report.from_dict(obj).detection
+    assert row == dataclasses.replace(found, named_target=None, key_rank=None)
+    # what was always there must be there still
+    del obj["detection"][0]["false_rate"]
+    with pytest.raises(ValueError, match=r"detection\[0\]: .*missing \['false_rate'\]"):
         Report.from_dict(obj)
 
 

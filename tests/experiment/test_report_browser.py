@@ -87,8 +87,8 @@ def page(tmp_path_factory):
         detection=(
             DetectionRow("STRIP", "victim", "inputs", 0.9, 0.5, False, 0.52, 0.02, 0.01),
             DetectionRow("STRIP", "patched", "inputs", 0.2, 0.5, True, 1.0, 1.0, 0.02),
-            DetectionRow("NeuralCleanse", "victim", "model", 1.5, 2.0, False, None, None, 0.0),
-            DetectionRow("NeuralCleanse", "patched", "model", 12.0, 2.0, True, 0.95, None, 0.0),
+            DetectionRow("NeuralCleanse", "victim", "model", 1.5, 2.0, False, None, None, 0.0, 0.0, 25.5),
+            DetectionRow("NeuralCleanse", "patched", "model", 12.0, 2.0, True, 0.95, None, 0.0, 1.0),
         ),
     )
     extras = ReportExtras(
@@ -163,6 +163,8 @@ def test_tables_are_sorted_by_a_click(browser, page, width):
     assert [text for _, text in column(browser, suspects, "queries")] == ["2,000", "900", "10", "10", "\N{EN DASH}"]
     assert [text for _, text in column(browser, searches, "AUC")] == ["0.52", "0.95", "1.00", "\N{EN DASH}"]
     assert [text for _, text in column(browser, searches, "found")] == ["2 %", "100 %", "\N{EN DASH}", "\N{EN DASH}"]
+    assert [text for _, text in column(browser, searches, "named target")][:2] == ["0 %", "100 %"]
+    assert [text for _, text in column(browser, searches, "key rank")] == ["25.5", *["\N{EN DASH}"] * 3]
     assert [text for _, text in column(browser, searches, "score")] == ["0.2", "0.9", "1.5", "12"]
     assert [text for _, text in column(browser, removals, "WSR after")] == ["28.8", "92.5"]
     assert browser.js("document.querySelectorAll('[aria-sort]').length") == 3

@@ -21,6 +21,7 @@ from meadef_lightning.experiment.render import (
     NOT_ASKED,
     ReportExtras,
     ReportFigure,
+    detection_table,
     format_p,
     headline,
     package_versions,
@@ -29,14 +30,14 @@ from meadef_lightning.experiment.render import (
     to_html,
     write_report,
 )
-from meadef_lightning.experiment.rows import KeyInfo
+from meadef_lightning.experiment.rows import DetectionRow, KeyInfo
 
 # --- terminal
 
 
-def shown(made, **console):
+def shown(made, table=summary_table, **console):
     out = io.StringIO()
-    Console(file=out, **console).print(summary_table(made))
+    Console(file=out, **console).print(table(made))
     return out.getvalue()
 
 
@@ -63,6 +64,27 @@ def test_table_shows_labels_and_queries_only_where_an_oracle_was_asked():
     stolen, innocent = shown(report(), width=100).splitlines()[3:5]
     assert re.search(r"soft-same +extracted +soft +1,200 ", stolen)
     assert re.search(rf"independent +independent +{NOT_ASKED} +{NOT_ASKED} ", innocent)
+
+
+SEARCHES = (
+    DetectionRow("activation-clustering", "independent-0", "inputs", 0.5, 0.25, True, 1.0, 0.9, 0.01),
+    DetectionRow("mixture-scan", "victim", "model", 4.0, 3.5, True, 0.75, 1.0, 0.25, 0.0, 12.5),
+)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_searches_say_whether_they_named_the_marks_class(width):
+    text = shown(report(detection=SEARCHES), detection_table, width=width)
+    assert "…" not in text
+    assert re.search(rf"1\.00 +90 % +1 % +0\.5 +0\.25 +{NOT_ASKED} +{NOT_ASKED} +marked", text)
+    assert re.search(r"0\.75 +100 % +25 % +4 +3\.5 +0 % +12\.5 +marked", text)
+
+
+def test_the_page_says_so_too():
+    page = to_html(report(detection=SEARCHES))
+    told = re.findall(r'data-value="([^"]*)">([^<]*)</td>', page[page.index("Searches for the watermark") :])
+    assert told[5:7] == [("", NOT_ASKED)] * 2
+    assert told[12:14] == [("0.0", "0 %"), ("12.5", "12.5")]
 
 
 def test_table_colours_on_a_terminal_only():

@@ -75,6 +75,7 @@ def test_every_removal_and_every_search(tmp_path, capsys):
     for i, acting in enumerate(config["removal"] + config["detection"]):
         acting["of"] = [("victim", "soft", "patched")[i % 3]]
     report = run(config, tmp_path)
+    key = json.loads((tmp_path / "out" / "watermark.key.json").read_text())
     assert len(report["removal"]) == len(config["removal"]) == 20
     assert all(len(row["curve"]) >= 2 for row in report["removal"])
     scrubbed = {row["name"] for row in report["suspects"] if row["kind"] == "removed"}
@@ -85,6 +86,14 @@ def test_every_removal_and_every_search(tmp_path, capsys):
     assert {"removal-victim.png", "removal-soft.png", "removal-patched.png"} <= {
         path.name for path in (tmp_path / "out" / "figures").iterdir()
     }
+    ranked = {row["attack"] for row in report["detection"] if row["key_rank"] is not None}
+    # the other search that ranks keys is of the model with a patch
+    assert ranked == {"mixture-scan"}
+    patch = config["patched"]["model"]["init_args"]["target_class"]
+    for row in report["detection"]:
+        found = json.loads((tmp_path / "out" / f"search-{row['attack']}-{row['target']}" / "result.json").read_text())
+        asked = patch if row["target"] == "patched" else key["target_class"]
+        assert row["named_target"] == (float(asked in found["flagged"]) if row["level"] == "model" else None)
     searched = next(item["of"][0] for item in config["detection"] if item["name"] == "neural-cleanse")
     assert (tmp_path / "out" / f"search-neural-cleanse-{searched}" / "figures" / "triggers.png").exists()
     assert "Searches for a watermark" in capsys.readouterr().out
