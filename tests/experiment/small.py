@@ -37,7 +37,7 @@ def merged(*files):
 
 
 def shrink(config, trainer=TRAINER, **data):
-    """The configuration with small data, short trainings and one seed."""
+    """The configuration with small data, short trainings, one reference and one seed."""
     config["data"]["init_args"] |= {**SIZES, "batch_size": 32, **data}
     patched = [config["patched"]] if "patched" in config else []
     trainings = [config["victim"], *patched, *config["extraction"], *config["independent"]]
@@ -62,6 +62,7 @@ def shrink(config, trainer=TRAINER, **data):
         control["count"] = 1
     # of so few steps none may be left after the usual share of clean training
     config["watermark"]["callback"].setdefault("init_args", {})["start"] = 0.3
+    config.pop("references", None)
     config["seeds"] = [0]
     config["verification"] = {**VERIFICATION}
     return config
