@@ -152,7 +152,7 @@ def keys_and_decoys(num_classes: int, decoys: int = 999) -> None:
     table = DecoyTable(WatermarkKey.draw(num_classes, _SECRET), decoys)
     counts = torch.zeros(len(table.cells), table.width, dtype=torch.int64)
     counts[:, 0] = 32
-    table.statistics(counts, counts)
+    table.statistics(counts, [counts])
     table.correlation(counts)
 
 
