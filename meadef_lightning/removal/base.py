@@ -109,12 +109,14 @@ class AccuracyBudget:
 
     def __call__(self, strength: float, model: nn.Module) -> bool:
         """Measures the model; keeps it if it is within the budget, and answers whether to go on."""
-        # paired by image, so that the error is that of the few images whose answer has changed
-        lost = self.right - self._right(model)
-        loss, error = float(lost.mean()), float(lost.std(correction=0)) / math.sqrt(len(lost))
-        if self.to_the_end or loss <= self.points:
+        loss = doubt = 0.0
+        if not self.to_the_end:  # whose loss decides nothing
+            # paired by image, so that the error is that of the few images whose answer has changed
+            lost = self.right - self._right(model)
+            loss, doubt = float(lost.mean()), DOUBT * float(lost.std(correction=0)) / math.sqrt(len(lost))
+        if loss <= self.points:
             self.best, self.strength = copy.deepcopy(model), strength
-        return self.to_the_end or loss - DOUBT * error <= self.points
+        return loss - doubt <= self.points
 
     def _right(self, model: nn.Module) -> Tensor:
         """1 for each validation image that a model answers with its class, else 0; float64 ``(M,)``."""
