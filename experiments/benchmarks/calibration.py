@@ -23,6 +23,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def answers_of(
     if not file.exists():
         model = network(index) if network else train(recipe(index), *data.tensors("victim"), data.num_classes)
         table = ask_everything(model, data, samples)
-        content = {"answers": table.answers, "natural": table.natural, "natural_labels": table.natural_labels}
+        content = {name: getattr(table, name) for name in ("answers", "natural", "natural_labels", "soft")}
         buffer = io.BytesIO()
         torch.save(content, buffer)
         write_bytes_atomic(file, buffer.getvalue())
@@ -263,16 +264,18 @@ def study(
     listed: list[dict[str, Any]] = []
     tests: dict[str, Any] = {}
     shared_keys = [WatermarkKey.draw(classes, f"calibration key {number}") for number in range(keys)]
-    modes: list[tuple[str, list[AnswerTable], int]] = [
-        ("all keys", [], 9999),
-        ("all keys, above a reference", known[:1], 9999),
-        (f"all keys, above {references} references", known, 9999),
-        ("999 drawn keys", [], 999),
+    labels = [replace(table, soft=None) for table in tables]
+    modes: list[tuple[str, list[AnswerTable], list[AnswerTable], int]] = [
+        ("all keys", tables, [], 9999),
+        ("all keys, above a reference", tables, known[:1], 9999),
+        (f"all keys, above {references} references", tables, known, 9999),
+        (f"the same by labels alone, above {references} references", labels, known, 9999),
+        ("999 drawn keys", tables, [], 999),
     ]
-    for mode, above, decoys in modes:
+    for mode, asked_models, above, decoys in modes:
         own: list[Verdict] = []
         shared: list[Verdict] = []
-        for index, table in enumerate(tables):
+        for index, table in enumerate(asked_models):
             mine = WatermarkKey.draw(classes, f"calibration model {index}")
             asked = [("own", mine)]
             if decoys == 9999:
@@ -288,9 +291,9 @@ def study(
                         "verdict": verdict.verdict,
                     }
                 )  # fmt: skip
-        tests[mode] = {"own": claims(own), "uniformity": uniformity(tables, above, decoys)}
+        tests[mode] = {"own": claims(own), "uniformity": uniformity(asked_models, above, decoys)}
         if shared:
-            tests[mode] |= {"shared": claims(shared), "every": every_key(tables, above)}
+            tests[mode] |= {"shared": claims(shared), "every": every_key(asked_models, above)}
     wsr, rates = null_rates(tables)
     accuracies = [table.accuracy for table in tables]
     result = {

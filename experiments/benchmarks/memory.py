@@ -152,16 +152,19 @@ def keys_and_decoys(num_classes: int, decoys: int = 999) -> None:
     table = DecoyTable(WatermarkKey.draw(num_classes, _SECRET), decoys)
     counts = torch.zeros(len(table.cells), table.width, dtype=torch.int64)
     counts[:, 0] = 32
-    table.statistics(counts, [counts])
+    shares = table.shares(counts)
+    table.statistics(shares, [shares])
     table.correlation(counts)
 
 
-def verdict(num_classes: int, size: int, decoys: int = 999, batch_size: int = 64, evidence: bool = False) -> None:
-    """Judges a suspect, with two composites of every cell (which decide how long it takes, and not what is kept)."""
+def verdict(
+    num_classes: int, size: int, decoys: int = 999, batch_size: int = 64, evidence: bool = False, soft: bool = False
+) -> None:
+    """Judges a suspect by labels or probabilities, with two composites of every cell (which decide how long it takes, and not what is kept)."""
     task, key = LargeTask(num_classes, size), WatermarkKey.draw(num_classes, _SECRET)
     with tempfile.TemporaryDirectory() as folder:
         verify(
-            AnyLabel(num_classes),
+            TinyNetwork(num_classes) if soft else AnyLabel(num_classes),
             key,
             task,  # type: ignore[arg-type]
             samples=4,
@@ -227,22 +230,31 @@ def cases(size: int, classes: Sequence[int], queries: int) -> list[Case]:
         )
     )
     for count in classes:
-        width = min(count, 1001)
-        found.append(Case(f"key and 999 decoys, {count:,} classes", f"keys_and_decoys({count})", 8000 * width * 8 / _MIB, "table of 8,000 cells, at most 1,024 classes, 8 bytes; it is judged in blocks of 128 columns beside"))  # fmt: skip
+        table = 8000 * min(count, 1001) * 8 / _MIB
+        found.append(Case(f"key and 999 decoys, {count:,} classes", f"keys_and_decoys({count})", 3 * table, "3 tables of 8,000 cells, at most 1,024 classes, 8 bytes: counts, their shares, and those of references side by side; all is judged in blocks of 128 columns beside"))  # fmt: skip
         found.append(
             Case(
                 f"verdict, {count:,} classes, 999 decoys, batches of 64",
                 f"verdict({count}, {size})",
-                8000 * width * 8 / _MIB + 4 * 64 * image + 2 * count * 8 * 4 / _MIB,
-                "table, 4 batches, 4 numbers a source image",
+                2 * table + 4 * 64 * image + 2 * count * 8 * 4 / _MIB,
+                "counts and shares, 4 batches, 4 numbers a source image",
             )
         )
+    table = 8000 * min(first, 1001) * 8 / _MIB
     found.append(
         Case(
-            f"the same with evidence, {first:,} classes",
+            f"the same by probabilities, {first:,} classes",
+            f"verdict({first}, {size}, soft=True)",
+            4 * table + 4 * 64 * image,
+            "remaining shares in whole numbers and as such, too, 4 batches",
+        )
+    )
+    found.append(
+        Case(
+            f"the same by labels with evidence, {first:,} classes",
             f"verdict({first}, {size}, evidence=True)",
             8000 * min(first, 1001) * (8 + 8 + 3 + 3 + 3) / _MIB + 4 * 64 * image,
-            "table, its list and text besides",
+            "counts, their list and text besides",
         )
     )
     for soft, file in ((True, False), (True, True), (False, False), (False, True)):

@@ -82,6 +82,7 @@ def check_experiment(spec: ExperimentSpec) -> None:
     trainers = {"victim": spec.victim.trainer, "patched": spec.patched.trainer}
     trainers |= {f"extraction {attack.name!r}": attack.trainer for attack in spec.extraction}
     trainers |= {f"independent {control.name!r}": control.trainer for control in spec.independent or []}
+    trainers |= {f"other_references {other.name!r}": other.trainer for other in spec.other_references}
     for what, options in trainers.items():
         _check_trainer(what, options)
     for attack in spec.extraction:

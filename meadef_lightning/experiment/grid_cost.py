@@ -103,6 +103,8 @@ def work_of(experiment: Experiment) -> dict[str, float | None]:
     batch = spec.data.batch_size
     own = training(spec.victim.model, spec.victim.trainer, victim, batch)
     work: dict[str, float | None] = dict.fromkeys((*spec.reference_names, "victim", "clean"), own)
+    for other in spec.other_references:
+        work |= dict.fromkeys(other.names, training(other.model, other.trainer, victim, batch))
     one_pass = {"victim": forward_flops(spec.victim.model, spec.data)}
     for attack, config in zip(spec.extraction, experiment.config("extraction"), strict=True):
         images, batch_size = _asked(config["queries"], attacker, spec)

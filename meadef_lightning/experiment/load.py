@@ -19,6 +19,7 @@ from meadef_lightning.experiment.spec import (
     ExperimentSpec,
     IndependentSpec,
     PatchedSpec,
+    ReferenceSpec,
     RemovalSpec,
     TrainerOptions,
     VerificationSpec,
@@ -65,6 +66,13 @@ def experiment_parser(**kwargs: Any) -> ArgumentParser:
         "thefts than one; each costs a training.",
     )
     parser.add_argument(
+        "--other_references",
+        type=list[ReferenceSpec],
+        default=[],
+        help="Reference models of other kinds, trained on the victim's images: composites look like something else to an MLP than to a "
+        "convolutional network, and who knows what the thief chose?",
+    )
+    parser.add_argument(
         "--trainer",
         type=TrainerOptions,
         default={},
@@ -90,7 +98,8 @@ class Experiment:
         self._config.pop("config", None)
         self._config.extraction = [cell for attack in self._config.extraction for cell in _cells(attack)]
         for stage in (
-            self._config.victim, self._config.patched, *self._config.extraction, *(self._config.independent or [])
+            self._config.victim, self._config.patched, *self._config.extraction, *(self._config.independent or []),
+            *self._config.other_references,
         ):  # fmt: skip
             # what torchrun started is used, unless the stage says what to use
             outside = {} if "devices" in stage.trainer else started_from_outside()
@@ -105,7 +114,8 @@ class Experiment:
         controls = [
             name for control in spec.independent or [] for name in dict.fromkeys([control.name, *control.names])
         ]
-        check_names("Attacks and controls", thefts + controls, RESERVED.union(spec.reference_names))
+        others = [name for name in spec.reference_names if name not in RESERVED]
+        check_names("Attacks, controls and references", thefts + controls + others, RESERVED)
         patched = ["patched"] if spec.patched.model is not None else []
         marked = ["victim", *patched, *thefts]
         for kind, acting, there in (

@@ -131,7 +131,7 @@ def _run_seed(run: SeedRun, found: Found, progress: Progress) -> Robustness:
     progress.plan(len(references) + len(todo) + sum(len(item.of) for item in spec.removal) + searches)
     for name in references:
         progress.announce(name, run.seed)
-        run.victim(name)
+        run.reference(name)
     for name, make in todo:
         progress.announce(name, run.seed)
         made[name] = make()

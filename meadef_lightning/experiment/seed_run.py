@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,7 +15,7 @@ from meadef_lightning import processes
 from meadef_lightning.experiment.artifacts import is_rank_zero, read_json
 from meadef_lightning.experiment.load import Experiment
 from meadef_lightning.experiment.rows import Kind, Labels
-from meadef_lightning.experiment.spec import ExperimentSpec, Model, TrainerOptions
+from meadef_lightning.experiment.spec import ExperimentSpec, Model, TrainedSpec, TrainerOptions
 from meadef_lightning.experiment.stages import RESULT, extraction_stage, train_stage
 from meadef_lightning.experiment.tracking import StageKind, Track, Tracker
 from meadef_lightning.experiment.training import derived_seed
@@ -112,6 +112,33 @@ class SeedRun:
         seed = derived_seed(self.seed, "victim" if name in ("victim", "clean") else name)
         return train_stage(self.root / name, name, inputs, build, seed, config["model"], self.track("train"))
 
+    def reference(self, name: str) -> dict[str, Any]:
+        """Trains the reference model of that name: like the victim without the watermark, or of another kind, on the same images."""
+        index = self._of_another_kind(name)
+        if index is None:
+            return self.victim(name)
+        return self._trained("other_references", index, name)
+
+    def _of_another_kind(self, name: str) -> int | None:
+        """Position of the reference model's entry in ``other_references``; ``None`` for one like the victim."""
+        return next((i for i, entry in enumerate(self.spec.other_references) if name in entry.names), None)
+
+    def _trained(self, section: Literal["other_references", "independent"], index: int, name: str) -> dict[str, Any]:
+        """Trains a model that never sees the victim: on its images, or on those of the attacker."""
+        config = self.experiment.config(section)[index]
+        number = getattr(self.spec, section)[index].names.index(name)
+        inputs = {**self.base, "config": self.experiment.hash_of(config, number)}
+
+        def build() -> tuple[Model, LightningDataModule, TrainerOptions]:
+            spec = self.fresh()
+            if section == "independent":
+                spec.data.train_split = "attacker"
+            entry: TrainedSpec = getattr(spec, section)[index]
+            return entry.model, spec.data, entry.trainer
+
+        seed = derived_seed(self.seed, name)
+        return train_stage(self.root / name, name, inputs, build, seed, config["model"], self.track("train"))
+
     def patched(self) -> Suspect:
         """Trains the positive control of removals and detections; it is attacked, and not judged."""
         config = self.experiment.config("patched")
@@ -166,9 +193,15 @@ class SeedRun:
         """Loads the victim, or the classifier that stands on it."""
         return self.classifier(self.load_victim())
 
-    def load_victim(self, name: str = "victim") -> Model:
-        """Loads the trained victim, or the reference of that name."""
-        return load_weights(self.fresh().victim.model, self.data, self.root / name / MODEL)
+    def load_victim(self) -> Model:
+        """Loads the trained victim."""
+        return load_weights(self.fresh().victim.model, self.data, self.root / "victim" / MODEL)
+
+    def load_reference(self, name: str) -> Model:
+        """Loads the reference model of that name."""
+        index, spec = self._of_another_kind(name), self.fresh()
+        model = spec.victim.model if index is None else spec.other_references[index].model
+        return load_weights(model, self.data, self.root / name / MODEL)
 
     def suspects(self) -> list[tuple[str, Callable[[], Suspect]]]:
         """Returns each suspect's name and what makes it, in the order of the report."""
@@ -179,8 +212,8 @@ class SeedRun:
         for i, attack in enumerate(self.spec.extraction):
             todo.append((attack.name, lambda i=i: self._steal(i)))  # type: ignore[misc]
         for i, control in enumerate(self.spec.independent):
-            for j, name in enumerate(control.names):
-                todo.append((name, lambda i=i, j=j, name=name: self._independent(i, j, name)))  # type: ignore[misc]
+            for name in control.names:
+                todo.append((name, lambda i=i, name=name: self._independent(i, name)))  # type: ignore[misc]
         return todo
 
     def _victim_suspect(self) -> Suspect:
@@ -232,18 +265,8 @@ class SeedRun:
             lambda: self.fresh().extraction[index].student,
         )  # fmt: skip
 
-    def _independent(self, index: int, number: int, name: str) -> Suspect:
-        config = self.experiment.config("independent")[index]
-        inputs = {**self.base, "config": self.experiment.hash_of(config, number)}
-
-        def build() -> tuple[Model, LightningDataModule, TrainerOptions]:
-            spec = self.fresh()
-            spec.data.train_split = "attacker"
-            control = spec.independent[index]
-            return control.model, spec.data, control.trainer
-
-        seed = derived_seed(self.seed, name)
-        result = train_stage(self.root / name, name, inputs, build, seed, config["model"], self.track("train"))
+    def _independent(self, index: int, name: str) -> Suspect:
+        result = self._trained("independent", index, name)
         return Suspect(
             name, "independent", "none: trained on images of its own", "hard", 0, self.root / name, result["sha256"],
             lambda: self.fresh().independent[index].model,

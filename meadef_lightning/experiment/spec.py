@@ -133,8 +133,8 @@ class AttackSpec:
 
 
 @dataclass
-class IndependentSpec:
-    """A negative control: a model of the thief's means that never saw the victim, trained on true labels.
+class TrainedSpec:
+    """Models that are trained on true labels and never see the victim.
 
     Args:
         name: Unique name, used for directories and in the report.
@@ -152,6 +152,16 @@ class IndependentSpec:
     def names(self) -> list[str]:
         """The names of its stages: its own, or of several with their numbers from 0."""
         return [self.name] if self.count == 1 else [f"{self.name}-{number}" for number in range(self.count)]
+
+
+@dataclass
+class IndependentSpec(TrainedSpec):
+    """A negative control: a model of the thief's means, trained on images of the attacker's split."""
+
+
+@dataclass
+class ReferenceSpec(TrainedSpec):
+    """Reference models of another kind than the victim, trained on its images: a thief may choose any network."""
 
 
 @dataclass
@@ -242,8 +252,8 @@ class VerificationSpec:
 class ExperimentSpec:
     """A whole experiment: victim, thefts, negative controls, verdicts.
 
-    ``references`` says how many reference models every suspect is judged above; what several buy is said in
-    :mod:`~meadef_lightning.verification.responses`.
+    ``references`` says how many reference models like the victim every suspect is judged above, and ``other_references`` which others; what
+    several buy is said in :mod:`~meadef_lightning.verification.responses`.
     """
 
     experiment: str
@@ -258,12 +268,15 @@ class ExperimentSpec:
     detection: list[DetectionSpec]
     verification: VerificationSpec
     references: int
+    other_references: list[ReferenceSpec]
     seeds: list[int]
 
     @property
     def reference_names(self) -> list[str]:
-        """The names of the reference models' stages: ``reference``, then ``reference-1``, ``reference-2`` and so on."""
-        return ["reference", *(f"reference-{number}" for number in range(1, self.references))]
+        """The names of the reference models' stages: ``reference``, ``reference-1``, ``reference-2`` and so on, then those of other kinds."""
+        # of a file that is still to be checked there may be none
+        others = [name for control in self.other_references or [] for name in control.names]
+        return ["reference", *(f"reference-{number}" for number in range(1, self.references)), *others]
 
     @property
     def clean_names(self) -> list[str]:

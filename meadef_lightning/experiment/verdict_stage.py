@@ -56,7 +56,7 @@ class Judge:
         return [feature_answers(model, questions) for model in self._references()]
 
     def _references(self) -> Iterator[Model]:
-        return (self.run.load_victim(name).to(self.run.device) for name in self.run.spec.reference_names)
+        return (self.run.load_reference(name).to(self.run.device) for name in self.run.spec.reference_names)
 
     def _devices(self) -> TrainerOptions:
         """Where verification runs: on what trained the victim; with several processes, each asks its share of the samples."""

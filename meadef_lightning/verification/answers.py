@@ -15,7 +15,7 @@ answers the very ones that a single verification would get.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
 from meadef_lightning.verification.decoys import MAX_DECOYS, DecoyTable
-from meadef_lightning.verification.responses import Reference, Responses
-from meadef_lightning.verification.scores import above_references, key_scores, possible_targets
+from meadef_lightning.verification.remaining import MAJORITY, UNIT, as_probabilities, remaining_shares
+from meadef_lightning.verification.responses import Reference, Responses, SoftAnswers
+from meadef_lightning.verification.scores import above_references, key_scores, possible_targets, usual_variance
 from meadef_lightning.verification.suspect import INVALID, Queryable, answered_labels
 from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS, CombinerSpec
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
@@ -43,6 +44,8 @@ class AnswerTable:
         natural_labels: Their true classes, integers ``(N,)``.
         space: The key space that was asked.
         seed: The verifier's seed.
+        soft: What its probabilities say, thousandths (:func:`~.remaining.remaining_shares`), int16 ``(pairs, ways, samples, classes)``;
+            ``None`` where it answered with labels.
     """
 
     answers: Tensor
@@ -50,6 +53,7 @@ class AnswerTable:
     natural_labels: Tensor
     space: KeySpace
     seed: int = 0
+    soft: Tensor | None = None
 
     @property
     def pairs(self) -> Tensor:
@@ -78,10 +82,25 @@ class AnswerTable:
 
     def controls(self) -> Tensor:
         """The answers to each trigger's matched control, integers ``(pairs, ways, samples)``."""
+        return self.answers.gather(1, self._control_ways().expand(len(self.answers), -1, -1))
+
+    def _control_ways(self) -> Tensor:
+        """Way of each trigger's control, int64 ``(ways, samples)``."""
         _, ways, samples = self.answers.shape
         others = torch.tensor([[other for other in range(ways) if other != way] for way in range(ways)])
-        asked = others[:, torch.arange(samples) % (ways - 1)]
-        return self.answers.gather(1, asked.expand(len(self.answers), -1, -1))
+        return others[:, torch.arange(samples) % (ways - 1)]
+
+    def soft_controls(self) -> Tensor | None:
+        """What the probabilities of each trigger's matched control say, in the shape of ``soft``."""
+        if self.soft is None:
+            return None
+        return self.soft.gather(1, self._control_ways()[None, :, :, None].expand_as(self.soft))
+
+    def table(self, decoy_samples: int = 32) -> Tensor:
+        """How far each cell leans to each class, float64 ``(pairs, ways, classes)``: what keys are ranked by."""
+        if self.soft is None:
+            return self.counts(decoy_samples).double() / decoy_samples
+        return self.soft[:, :, :decoy_samples].sum(2, dtype=torch.int64).double() / (UNIT * decoy_samples)
 
     def responses(
         self, key: WatermarkKey, decoys: int = 9999, decoy_samples: int = 32, references: Sequence[AnswerTable] = ()
@@ -113,6 +132,16 @@ class AnswerTable:
         def cells(table: AnswerTable) -> Tensor:
             return table.counts(decoy_samples)[rows].flatten(0, 1)
 
+        def soft_cells(table: AnswerTable) -> Tensor | None:
+            if table.soft is None:
+                return None
+            return table.soft[rows, :, :decoy_samples].sum(2, dtype=torch.int64).flatten(0, 1)[:, plan.targets]
+
+        shares, controls, summed = self.soft, self.soft_controls(), soft_cells(self)
+        soft = None
+        if shares is not None and controls is not None and summed is not None:
+            place = own, plan.way, slice(None), key.target_class
+            soft = SoftAnswers(shares[place].long(), controls[place].long(), summed)
         return Responses(
             trigger=self.answers[own, plan.way].long(),
             control=self.controls()[own, plan.way].long(),
@@ -122,7 +151,8 @@ class AnswerTable:
             natural_labels=self.natural_labels.long(),
             decoys=decoys,
             seed=self.seed,
-            references=tuple(Reference(cells(known)) for known in references),
+            references=tuple(Reference(cells(known), soft=soft_cells(known)) for known in references),
+            soft=soft,
         )
 
 
@@ -163,19 +193,31 @@ def ask_everything(
     weights = suspect.parameters() if isinstance(suspect, nn.Module) else iter(())
     device = next((weight.device for weight in weights), torch.device("cpu"))
 
-    def ask(x: Tensor) -> Tensor:
+    sources = questions.table.pairs.repeat_interleave(samples, 0)
+    shares: list[Tensor] = []
+
+    def ask(x: Tensor, positions: Tensor, composites: bool) -> Tensor:
         answers = suspect(x.to(device)) if isinstance(suspect, nn.Module) else suspect.query(x)
-        return answered_labels(answers, len(x), space.num_classes).cpu()
+        labels = answered_labels(answers, len(x), space.num_classes)
+        if composites and answers.ndim == 2 and space.num_classes > 3:
+            pair = sources[positions % len(sources)].to(answers.device)
+            shares.append(remaining_shares(as_probabilities(answers), pair).short().cpu())
+        return labels.cpu()
 
     answered = []
     for loader in (cells, natural):
         with torch.inference_mode():
-            labels = torch.cat([ask(x) for x, _ in loader])
+            labels = torch.cat([ask(x, positions, loader is cells) for x, positions in loader])
         if bool((labels == INVALID).any()):
             raise ValueError("The suspect gave an answer that is none (NaN, or a label that is no class).")
         answered.append(labels.short())
-    table = answered[0].reshape(len(combiners), -1, samples).transpose(0, 1).contiguous()
-    return AnswerTable(table, answered[1], questions.natural[1].short(), space, seed)
+
+    def by_pair(values: Tensor) -> Tensor:
+        # asked way by way, kept pair by pair
+        return values.reshape(len(combiners), -1, samples, *values.shape[1:]).transpose(0, 1).contiguous()
+
+    soft = by_pair(torch.cat(shares)) if sum(map(len, shares)) == len(answered[0]) else None
+    return AnswerTable(by_pair(answered[0]), answered[1], questions.natural[1].short(), space, seed, soft)
 
 
 def every_decoy_p(table: AnswerTable, references: Sequence[AnswerTable] = (), decoy_samples: int = 32) -> Tensor:
@@ -186,24 +228,37 @@ def every_decoy_p(table: AnswerTable, references: Sequence[AnswerTable] = (), de
     possible = possible_targets(table.pairs, table.space.num_classes)[:, None, :]
     valid = possible.expand(-1, len(table.space.combiners), -1)
 
-    def of_keys(model: AnswerTable) -> Tensor:
-        return key_scores(model.counts(decoy_samples).double(), model.pairs)[valid] / decoy_samples
-
-    own = of_keys(table)
-    if references:
-        own = above_references(own, torch.stack([of_keys(known) for known in references]))
+    models = _alike([table, *references])
+    leaning, *known = (model.table(decoy_samples) for model in models)
+    if known:
+        stacked = torch.stack(known)
+        usual = usual_variance(stacked, table.pairs) if len(known) > 1 else None
+        leaning = above_references(leaning, stacked, usual)
+    own = key_scores(leaning, table.pairs)[valid]
     ordered = own.sort().values
     reached = len(ordered) - torch.searchsorted(ordered, own - _TIE)
     return torch.ones(valid.shape, dtype=torch.float64).masked_scatter_(valid, reached.double() / len(ordered))
 
 
-def every_mcnemar_p(table: AnswerTable) -> Tensor:
-    """Returns every key's exact McNemar p-value, float64 ``(pairs, ways, classes)``. Equal to ``judge(…).mcnemar_p``."""
-    controls = table.controls()
-    differ = table.answers != controls
-    discordant = torch.zeros(2, *table.answers.shape[:2], table.space.num_classes, dtype=torch.int64)
-    for place, answers in enumerate((table.answers, controls)):
-        discordant[place].scatter_add_(2, answers.long(), differ.long())
+def _alike(tables: Sequence[AnswerTable]) -> list[AnswerTable]:
+    """Leaves what probabilities say out where one of these models answers with labels."""
+    soft = all(table.soft is not None for table in tables)
+    return [table if soft else replace(table, soft=None) for table in tables]
+
+
+def every_mcnemar_p(table: AnswerTable, references: Sequence[AnswerTable] = ()) -> Tensor:
+    """Returns every key's p-value against its matched controls, float64 ``(pairs, ways, classes)``. Equal to ``judge(…).mcnemar_p``."""
+    table, *_ = _alike([table, *references])
+    shares, soft_controls = table.soft, table.soft_controls()
+    if shares is not None and soft_controls is not None:
+        told, false_told = shares > MAJORITY, soft_controls > MAJORITY
+        discordant = torch.stack([(told & ~false_told).sum(2), (false_told & ~told).sum(2)])
+    else:
+        controls = table.controls()
+        differ = table.answers != controls
+        discordant = torch.zeros(2, *table.answers.shape[:2], table.space.num_classes, dtype=torch.int64)
+        for place, answers in enumerate((table.answers, controls)):
+            discordant[place].scatter_add_(2, answers.long(), differ.long())
     only_trigger, only_control = discordant.numpy()
     return torch.from_numpy(np.asarray(stats.binom.sf(only_trigger - 1, only_trigger + only_control, 0.5)))
 
@@ -213,4 +268,4 @@ def supported_keys(
 ) -> Tensor:
     """Marks the keys under which the suspect would be judged *supported*, had they been drawn; bool ``(pairs, ways, classes)``."""
     decoy_p = every_decoy_p(table, references, decoy_samples)
-    return (decoy_p <= alpha) & (every_mcnemar_p(table) <= alpha)
+    return (decoy_p <= alpha) & (every_mcnemar_p(table, references) <= alpha)

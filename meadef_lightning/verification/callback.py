@@ -16,8 +16,9 @@ from torch import Tensor
 from meadef_lightning.verification.datamodule import VerificationDataModule
 from meadef_lightning.verification.evidence import Evidence, check_size
 from meadef_lightning.verification.fingerprints import model_fingerprint, tensors_fingerprint
+from meadef_lightning.verification.remaining import as_probabilities, remaining_shares
 from meadef_lightning.verification.responses import Responses, with_reference
-from meadef_lightning.verification.suspect import INVALID, SuspectModule, described, translation_of
+from meadef_lightning.verification.suspect import INVALID, SuspectModule, answered_labels, described, translation_of
 from meadef_lightning.verification.verdict import Verdict, check_plan, judge
 from meadef_lightning.watermark.key import WatermarkKey
 
@@ -67,6 +68,7 @@ class VerificationCallback(Callback):
         self.key, self.alpha, self.null_statistics = key, alpha, null_statistics
         self.evidence_path = None if evidence_path is None else Path(evidence_path)
         self._answers: list[Tensor] = []
+        self._soft: tuple[Tensor, Tensor] | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the run, and reserves a place for each answer."""
@@ -83,6 +85,8 @@ class VerificationCallback(Callback):
             torch.full((len(loader.dataset),), _MISSING, device=pl_module.device)  # type: ignore[arg-type]
             for loader in data.predict_dataloader()
         ]
+        # beside two sources of three classes there is nothing to compare
+        self._soft = None if self.key.num_classes == 3 else self._places(data, pl_module.device)
 
     def on_predict_batch_end(
         self,
@@ -94,18 +98,56 @@ class VerificationCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Puts the answers of a batch in their places."""
-        if not isinstance(outputs, Tensor) or outputs.dtype != torch.int64 or outputs.shape != batch[1].shape:
+        positions, data = batch[1], self._data(trainer)
+        soft = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
+        if not soft and (
+            not isinstance(outputs, Tensor) or outputs.dtype != torch.int64 or outputs.shape != positions.shape
+        ):
             raise MisconfigurationException(
-                f"predict_step must return the answered classes, int64 of shape (B,), got {described(outputs)}. "
+                f"predict_step must return scores of shape (B, K) or the answered classes, int64 of shape (B,), got {described(outputs)}. "
                 "Wrap the model: trainer.predict(SuspectModule(model), …)."
             )
-        self._answers[dataloader_idx][batch[1]] = outputs
+        labels = answered_labels(outputs, len(positions), self.key.num_classes)
+        self._answers[dataloader_idx][positions] = labels
+        if not soft:
+            self._soft = None
+        elif self._soft is not None:
+            self._add(data, as_probabilities(outputs), data.places(positions, dataloader_idx))
+
+    def _places(self, data: VerificationDataModule, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Makes room for what probabilities say: the target's share of each sample, and the shares of each cell, added up."""
+        cells = len(data.table.pairs) * len(data.table.space.combiners), len(data.table.targets)
+        lean = torch.full((sum(data.sizes),), _MISSING, device=device)
+        return lean, torch.zeros(cells, dtype=torch.int64, device=device)
+
+    def _add(self, data: VerificationDataModule, probabilities: Tensor, places: Tensor) -> None:
+        """Adds what a batch's probabilities say; a sample is asked once, so sums need no order."""
+        if self._soft is None:
+            return
+        lean, cells = self._soft
+        device, ways = places.device, len(data.table.space.combiners)
+        cell = data.cells_of(places)
+        own = torch.tensor(self.key.source_classes, device=device)
+        pairs = data.table.pairs.to(device)[cell.clamp_min(0) // ways]
+        shares = remaining_shares(probabilities, torch.where((cell < 0)[:, None], own, pairs))
+        kept = places < len(lean)  # filler is beyond
+        lean[places[kept]] = shares[kept, self.key.target_class]
+        decoy = cell >= 0
+        cells.index_add_(0, cell[decoy], shares[decoy][:, data.table.targets.to(device)])
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the answers of all processes together, judges them and writes the evidence."""
         data = self._data(trainer)
         answers = [trainer.strategy.reduce(answer, reduce_op="max").cpu() for answer in self._answers]
-        self._answers = []
+        soft = self._soft
+        if not trainer.strategy.reduce_boolean_decision(soft is not None, all=True):
+            soft = None  # labels in one process are labels in all
+        elif soft is not None:
+            soft = (
+                trainer.strategy.reduce(soft[0], reduce_op="max").cpu(),
+                trainer.strategy.reduce(soft[1], reduce_op="sum").cpu(),
+            )
+        self._answers, self._soft = [], None
         for name, answer in zip(data.loaders, answers, strict=True):
             if missing := int((answer == _MISSING).sum()):
                 raise ValueError(
@@ -118,7 +160,9 @@ class VerificationCallback(Callback):
                     "samples. Check its weights, and that it takes inputs normalised like this data."
                 )
         suspect = pl_module.network if isinstance(pl_module, SuspectModule) else [pl_module]
-        told = replace(data.responses(answers), model_sha256=model_fingerprint(suspect[0]) if len(suspect) else None)
+        told = replace(
+            data.responses(answers, soft), model_sha256=model_fingerprint(suspect[0]) if len(suspect) else None
+        )
         self.responses = with_reference(told, self.reference)
         self.verdict = judge(self.responses, self.key, self.alpha, self.null_statistics)
         if self.evidence_path is not None and trainer.is_global_zero:

@@ -179,11 +179,21 @@ class CamouflagedDataModule(VerificationDataModule):
         """Returns the one loader; its batches are ``(x, position in the secret order)``."""
         return [] if self._loader is None else [self._loader]
 
-    def responses(self, answers: Sequence[Tensor]) -> Responses:
+    def places(self, positions: Tensor, dataloader_idx: int) -> Tensor:
+        """Returns where each question stands in plain order; filler stands beyond.
+
+        Args:
+            positions: Places in the secret order, int64 ``(B,)``.
+            dataloader_idx: 0, as there is one loader.
+        """
+        return self.order.to(positions.device)[positions]
+
+    def responses(self, answers: Sequence[Tensor], soft: tuple[Tensor, Tensor] | None = None) -> Responses:
         """Puts the answers back into their places.
 
         Args:
             answers: The answers to the one loader in its order, int64.
+            soft: As there.
 
         Raises:
             ValueError: If there is not one list of answers, or it is incomplete.
@@ -195,7 +205,9 @@ class CamouflagedDataModule(VerificationDataModule):
         answered = answers[0].cpu()
         placed = answered.new_empty(sum(self.sizes) + len(self.sources[0]))
         placed[self.order] = answered
-        return super().responses(torch.split(self.repeat(placed[: sum(self.sizes)]), self.sizes))
+        if soft is not None:
+            soft = self.repeat(soft[0].cpu()), soft[1]
+        return super().responses(torch.split(self.repeat(placed[: sum(self.sizes)]), self.sizes), soft)
 
     def repeat(self, values: Tensor) -> Tensor:
         """Gives triggers and controls that were asked as decoys the values of these, in place.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from meadef_lightning.data.stored import Images, read_split
 from meadef_lightning.verification.decoys import DecoyTable, seeded_permutation, seeded_stream
-from meadef_lightning.verification.responses import Responses
+from meadef_lightning.verification.responses import Responses, SoftAnswers
 from meadef_lightning.watermark.combiners import Combiner
 from meadef_lightning.watermark.key import WatermarkKey
 
@@ -281,11 +281,29 @@ class VerificationDataModule(LightningDataModule):
             for dataset in self._datasets
         ]
 
-    def responses(self, answers: Sequence[Tensor]) -> Responses:
+    def places(self, positions: Tensor, dataloader_idx: int) -> Tensor:
+        """Returns the places of a loader's items in plain order: all kinds one after the other.
+
+        Args:
+            positions: What batches hold beside their samples, int64 ``(B,)``.
+            dataloader_idx: Which of :meth:`predict_dataloader`.
+        """
+        return positions + sum(self.sizes[:dataloader_idx])
+
+    def cells_of(self, places: Tensor) -> Tensor:
+        """Returns which row of ``DecoyTable.cells`` a sample belongs to, by its place in plain order; -1 for what is no decoy sample."""
+        ways, pairs = len(self.table.space.combiners), len(self.table.pairs)
+        first, last = sum(self.sizes[:2]), sum(self.sizes[:3])
+        group = (places - first) // self.decoy_samples  # asked way by way, kept pair by pair
+        return torch.where((places >= first) & (places < last), group % pairs * ways + group // pairs, -1)
+
+    def responses(self, answers: Sequence[Tensor], soft: tuple[Tensor, Tensor] | None = None) -> Responses:
         """Sorts the answers to the four loaders into what :func:`~meadef_lightning.verification.verdict.judge` reads.
 
         Args:
             answers: For each loader the answered classes in the order of its items, int64 in ``[0, num_classes)``.
+            soft: Where the suspect gives probabilities: the key's target's remaining share of each sample, in plain order, and the sums of
+                all classes' by cell, thousandths (:func:`~.remaining.remaining_shares`); int64, ``(sum(sizes),)`` and ``(cells, targets)``.
 
         Raises:
             ValueError: If there are not four, or one is incomplete.
@@ -300,6 +318,10 @@ class VerificationDataModule(LightningDataModule):
         by_cell = decoy.reshape(ways, pairs, self.decoy_samples).transpose(0, 1).reshape(pairs * ways, -1)
         codes = self.table.columns(by_cell) + torch.arange(pairs * ways)[:, None] * width
         counts = torch.bincount(codes.flatten(), minlength=pairs * ways * width).reshape(pairs * ways, width)
+        answered = None
+        if soft is not None:
+            aimed = torch.split(soft[0].cpu(), self.sizes)
+            answered = SoftAnswers(aimed[0], aimed[1], soft[1].cpu())
         return Responses(
             trigger=trigger,
             control=control,
@@ -309,4 +331,5 @@ class VerificationDataModule(LightningDataModule):
             natural_labels=self.natural[1],
             decoys=self.table.decoys,
             seed=self.table.seed,
+            soft=answered,
         )

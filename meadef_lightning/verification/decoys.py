@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meadef_lightning.verification.scores import above_references, key_scores, possible_targets
+from meadef_lightning.verification.scores import above_references, key_scores, possible_targets, usual_variance
 from meadef_lightning.verification.statistics import correlation_of_sums
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
 
@@ -50,8 +50,8 @@ class DecoyTable:
     """Which other keys a key is compared with, and how a table of answers gives all their statistics.
 
     A key is (source a, source b, target t, combining way c). A *cell* is (a, b, c); of each cell the suspect answers the same
-    number of samples. The statistic of a key is its success above its matched controls, the same sources combined in the other
-    ways, weighed with what the keys that share a source, the target and the way gain: :func:`~.scores.key_scores`.
+    number of samples. The statistic of a key is how far its cell leans to its target, weighed with what the keys that share a source, the
+    target and the way gain, and with the reversed sources: :func:`~.scores.key_scores`.
 
     When ``decoys`` is at least the size of the key space, every key of the space is compared. Otherwise that many keys are drawn,
     independently and uniformly, with a seed that mixes the verifier's with the key's salt: the owner, bound by the commitment,
@@ -209,7 +209,24 @@ class DecoyTable:
         mask[self._true_key()] = False
         return mask
 
-    def statistics(self, counts: Tensor, references: Sequence[Tensor] = ()) -> tuple[float, Tensor]:
+    def shares(self, counts: Tensor) -> Tensor:
+        """Turns a table of counts into shares of answers.
+
+        Args:
+            counts: How often each cell was answered with each class, shape ``(cells, width)``, int64, in the order of ``cells`` and
+                of :meth:`columns`.
+
+        Returns:
+            Float64, shape ``(cells, targets)``.
+
+        Raises:
+            ValueError: If the table has another form, or its cells do not hold equally many answers.
+        """
+        table, samples = self._table(counts)
+        # whole numbers, divided last: equal counts give equal shares
+        return (table.flatten(0, 1)[:, : len(self.targets)].double()) / samples
+
+    def statistics(self, table: Tensor, references: Sequence[Tensor] = ()) -> tuple[float, Tensor]:
         """Computes the statistic of the true key and of its decoys.
 
         Some composites look like a third class to any model. Reference models that were trained without regard to the key show which, and
@@ -217,69 +234,39 @@ class DecoyTable:
         rank of the true key stays exact, and the natural look-alikes no longer hide it.
 
         Args:
-            counts: How often each cell was answered with each class, shape ``(cells, width)``, int64, in the order of ``cells`` and
-                of :meth:`columns`.
+            table: How far each cell leans to each of ``targets``, e.g. :meth:`shares`, or how near a cell's features are to each class;
+                float64, shape ``(cells, targets)``, in the order of ``cells``.
             references: The same of each reference model, on the same samples.
 
         Returns:
-            The true key's statistic and the decoys', shape ``(B,)``, float64; without references in ``[-1, 1]``. Where all keys are
-            compared these are all the others, ``B = size - 1``.
+            The true key's statistic and the decoys', shape ``(B,)``, float64; of a table in ``[0, 1]`` without references in
+            ``[-1, 1]``. Where all keys are compared these are all the others, ``B = size - 1``.
 
         Raises:
-            ValueError: If a table has another form, or its cells do not hold equally many answers.
-        """
-        table, samples = self._table(counts)
-        tables = [table]
-        for counted in references:
-            known, asked = self._table(counted)
-            if asked != samples:
-                raise ValueError(
-                    f"A reference answered {asked} samples a cell, the suspect {samples}; ask both the same."
-                )
-            tables.append(known)
-        # counts are whole numbers, and are divided last: equal shares give equal statistics
-        return self._above([self._of_keys(part) / samples for part in tables])
-
-    def score_statistics(self, scores: Tensor, references: Sequence[Tensor] = ()) -> tuple[float, Tensor]:
-        """Ranks keys by real numbers instead of shares of answers, e.g. by how near a cell's features are to each class.
-
-        The statistic is that of :meth:`statistics`: the same keys' neighbours lean, whether a suspect answers with classes or places.
-
-        Args:
-            scores: Score of each cell for each of ``targets``, float64, shape ``(cells, targets)``, in the order of ``cells``.
-            references: The same of each reference model.
-
-        Returns:
-            The true key's statistic and the decoys', as :meth:`statistics`.
-
-        Raises:
-            ValueError: If scores have another form, or are not finite.
+            ValueError: If a table has another form, or is not finite.
         """
         ways, classes = len(self.space.combiners), len(self.targets)
         shape = (len(self.pairs) * ways, classes)
-        for part in (scores, *references):
+        for part in (table, *references):
             if tuple(part.shape) != shape or part.dtype != torch.float64 or not bool(part.isfinite().all()):
                 raise ValueError(
                     f"The scores must be finite float64 of shape {shape} (cells, classes), got {part.dtype} of shape {tuple(part.shape)}."
                 )
-        return self._above(
-            [self._of_keys(part.reshape(len(self.pairs), ways, classes)) for part in (scores, *references)]
-        )
-
-    @staticmethod
-    def _above(statistics: Sequence[Tensor]) -> tuple[float, Tensor]:
-        """Compares the first, the suspect's, with the others; returns the true key's, which comes last in each, and the decoys'."""
-        own, *known = statistics
-        result = above_references(own, torch.stack(known)) if known else own
+        own, *known = (part.reshape(len(self.pairs), ways, classes) for part in (table, *references))
+        result = self._of_keys(own, torch.stack(known) if known else None)
         return float(result[-1]), result[:-1]
 
-    def _of_keys(self, table: Tensor) -> Tensor:
-        """Returns the statistics of the decoys and, last, of the true key, from a table ``(pairs, ways, width)``."""
+    def _of_keys(self, own: Tensor, known: Tensor | None) -> Tensor:
+        """Returns the statistics of the decoys and, last, of the true key, from tables ``(pairs, ways, targets)``."""
         pair, way, column = self._true_key()
+        usual = None if known is None or len(known) == 1 else usual_variance(known, self.pairs, self.targets)
 
         def values(columns: slice) -> Tensor:
             # columns do not depend on one another, so a large table is gone through in blocks
-            return key_scores(table[..., columns].double(), self.pairs, classes=self.targets[columns])
+            part = own[..., columns]
+            if known is not None:
+                part = above_references(part, known[..., columns], usual)
+            return key_scores(part, self.pairs, classes=self.targets[columns])
 
         if self.enumerated:
             every = values(slice(None))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from meadef_lightning.verification.commitment import now, versions
 from meadef_lightning.verification.decoys import DecoyTable
@@ -30,13 +31,13 @@ from meadef_lightning.verification.evidence_form import (
     unique,
 )
 from meadef_lightning.verification.labels import LabelMap
-from meadef_lightning.verification.responses import Reference, Responses
+from meadef_lightning.verification.remaining import UNIT
+from meadef_lightning.verification.responses import Reference, Responses, SoftAnswers
 from meadef_lightning.verification.sealing import hide, reveal, seals
 from meadef_lightning.verification.verdict import Verdict, judge
 from meadef_lightning.watermark.key import WatermarkKey
 
 MAX_EVIDENCE_BYTES = 256 << 20
-_BYTES_PER_COUNT = 3  # a digit, a comma and a space: nearly all counts are 0
 
 
 def check_size(table: DecoyTable, references: int) -> None:
@@ -50,9 +51,11 @@ def check_size(table: DecoyTable, references: int) -> None:
         ValueError: If so; the message says how many decoys would do.
     """
     entries = len(table.pairs) * len(table.space.combiners) * table.width * (1 + references)
-    if _BYTES_PER_COUNT * entries > MAX_EVIDENCE_BYTES:
+    # a count is a digit, as nearly all are 0; shares have the digits of what a class gets of some 32 samples; each with a comma and a space
+    share = max(32 * UNIT // (table.key.num_classes - 2), 1)
+    if (3 + len(str(share)) + 2) * entries > MAX_EVIDENCE_BYTES:
         raise ValueError(
-            f"The evidence would hold {entries:.2g} counts and be larger than {MAX_EVIDENCE_BYTES >> 20} MiB, which nobody could check. "
+            f"The evidence would hold {entries:.2g} counts and shares and be larger than {MAX_EVIDENCE_BYTES >> 20} MiB, which nobody could check. "
             f"Nothing was asked. Use fewer decoys than {table.decoys}, of which 999 reach p = 0.001, or fewer reference models."
         )
 
@@ -135,6 +138,7 @@ class Evidence:
                     "references": [known.counts.tolist() for known in responses.references],
                     "natural": responses.natural.tolist(),
                     "natural_labels": responses.natural_labels.tolist(),
+                    "soft": _soft(responses),
                 },
                 key,
             ),
@@ -177,8 +181,9 @@ class Evidence:
             key: The key that the evidence is about.
 
         Returns:
-            ``trigger``, ``control``, ``natural`` and ``natural_labels`` (classes), ``cells`` (one row of counts a cell) and ``references``
-            (such a table of each reference model).
+            ``trigger``, ``control``, ``natural`` and ``natural_labels`` (classes), ``cells`` (one row of counts a cell), ``references``
+            (such a table of each reference model), and ``soft``: what probabilities say, ``trigger``, ``control``, ``cells`` and
+            ``references`` of shares in thousandths, or null.
 
         Raises:
             EvidenceError: If the key is another one, or they were changed, or are not of this form.
@@ -290,6 +295,7 @@ class Evidence:
             if (rows := len(table)) != shape[0] or any(len(row) != shape[1] for row in table):
                 raise ValueError(f"answers.{name} must have {shape[0]} rows of {shape[1]} counts, got {rows} rows.")
         counts, *known = (torch.tensor(table, dtype=torch.int64) for _, table in tables)
+        soft, shares = _soft_answers(answers["soft"], len(known))
         return Responses(
             **{name: torch.tensor(answers[name], dtype=torch.int64) for name in LABELLED},
             cells=plan.cells,
@@ -297,10 +303,37 @@ class Evidence:
             decoys=decoys,
             seed=seed,
             model_sha256=self.model["sha256"],
-            references=tuple(
-                Reference(table, sha256) for table, sha256 in zip(known, self.model["references"], strict=True)
-            ),
+            references=tuple(Reference(*row) for row in zip(known, self.model["references"], shares, strict=True)),
+            soft=soft,
         )
+
+
+def _soft(responses: Responses) -> dict[str, Any] | None:
+    """What probabilities say, as JSON values."""
+    if responses.soft is None:
+        return None
+    soft, known = responses.soft, [reference.soft for reference in responses.references]
+    return {
+        "trigger": soft.trigger.tolist(),
+        "control": soft.control.tolist(),
+        "cells": soft.cells.tolist(),
+        "references": [None if table is None else table.tolist() for table in known],
+    }
+
+
+def _soft_answers(value: Mapping[str, Any] | None, references: int) -> tuple[SoftAnswers | None, list[Tensor | None]]:
+    """Reads what :func:`_soft` returned; tables that are none are refused later, by their shape."""
+    if value is None:
+        return None, [None] * references
+
+    def table(rows: list[list[int]]) -> Tensor:
+        if any(len(row) != len(rows[0]) for row in rows):
+            raise ValueError("answers.soft has rows of different lengths.")
+        return torch.tensor(rows, dtype=torch.int64)
+
+    trigger, control = (torch.tensor(value[name], dtype=torch.int64) for name in ("trigger", "control"))
+    known = [None if rows is None else table(rows) for rows in value["references"]]
+    return SoftAnswers(trigger, control, table(value["cells"] or [])), known
 
 
 def check_evidence(path: str | Path, key: WatermarkKey) -> Verdict:

@@ -11,11 +11,12 @@ from typing import Any
 from meadef_lightning.verification.decoys import MANY_CLASSES, MAX_DECOYS
 from meadef_lightning.verification.verdict import Verdict
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """1 ranked keys by their own cell alone (no neighbours), 2 let keys that were not drawn support a claim and did not tell what the
 suspect's labels stand for, 3 renamed classes instead of encrypting answers, and did not weigh keys by how much references differ on
-them; such evidence must be checked by the version that wrote it."""
+them, 4 looked at labels alone, and not at reversed sources; such evidence must be checked by the version that wrote it."""
 LABELLED = ("trigger", "control", "natural", "natural_labels")
+SOFT = {"trigger", "control", "cells", "references"}
 
 
 class EvidenceError(ValueError):
@@ -82,6 +83,25 @@ _LABELS = (lambda value: isinstance(value, list) and all(map(_COUNT[0], value)),
 _ROWS = (lambda value: isinstance(value, list) and all(map(_LABELS[0], value)), "a list of rows of counts")
 _NUMBERS = (lambda value: value is None or (isinstance(value, list) and all(map(_is_number, value))), "numbers or null")
 _TABLES = (lambda value: isinstance(value, list) and all(map(_ROWS[0], value)), "a list of tables of counts")
+_WHOLE = (
+    lambda value: isinstance(value, list) and all(type(n) is int and 0 <= n <= 1 << 40 for n in value),
+    "a list of whole numbers",
+)
+
+
+def _is_soft(value: object) -> bool:
+    """Whether a value is null or holds what :class:`~.responses.SoftAnswers` does."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or value.keys() != SOFT or not isinstance(value["references"], list):
+        return False
+    # a reference that answered with labels has no table
+    tables = [value["cells"], *(table for table in value["references"] if table is not None)]
+    return all(_WHOLE[0](value[name]) for name in ("trigger", "control")) and all(
+        isinstance(table, list) and all(map(_WHOLE[0], table)) for table in tables
+    )
+
+
 _HASHES = (
     lambda value: isinstance(value, list) and all(one is None or _is_hash(one) for one in value),
     "a list of 64 hexadecimal digits or null each",
@@ -114,6 +134,7 @@ _FORM: dict[str, tuple[Callable[[Any], bool], str]] = {
 _ANSWERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cells": _ROWS,
     "references": _TABLES,
+    "soft": (_is_soft, f"null or an object of {', '.join(sorted(SOFT))}, lists or tables of whole numbers"),
     **dict.fromkeys(LABELLED, _LABELS),
 }
 
@@ -158,6 +179,8 @@ def check_answers(answers: Any, classes: int, references: int) -> None:
             raise EvidenceError(f"answers.{name} holds classes above {classes - 1}.")
     if len(answers["references"]) != references:
         raise EvidenceError(f"answers.references must be {references} tables, one for each of model.references.")
+    if answers["soft"] is not None and len(answers["soft"]["references"]) != references:
+        raise EvidenceError(f"answers.soft.references must be {references} tables, one for each of model.references.")
     for name, tables in (("cells", [answers["cells"]]), ("references", answers["references"])):
         if classes <= MANY_CLASSES and any(len(row) != classes for table in tables for row in table):
             raise EvidenceError(f"answers.{name} must have rows of key.num_classes = {classes} counts.")

@@ -88,7 +88,10 @@ def looks(tables: Sequence[AnswerTable], references: Sequence[AnswerTable] = (),
     Returns:
         Mean over the models of the logarithm of the larger of both p-values, float64 ``(pairs, ways, classes)``.
     """
-    p = [torch.maximum(every_decoy_p(table, references, decoy_samples), every_mcnemar_p(table)) for table in tables]
+    p = [
+        torch.maximum(every_decoy_p(table, references, decoy_samples), every_mcnemar_p(table, references))
+        for table in tables
+    ]
     return torch.stack(p).clamp_min(1e-300).log().mean(0)
 
 

@@ -6,8 +6,7 @@ by the same decoy-key randomisation test as a classifier (`meadef_lightning.veri
 **Algorithm.** 1. Ask the verification samples as they are: their means say where the classes lie. 2. Ask ``decoy_samples`` composites of every cell
 (source a, source b, way c), and assign each softly to the classes (`meadef_lightning.verification.assignments`, which also says why);
 ``S[a,b,c][t]`` is the mean share of class ``t`` in the cell. 3. A key's statistic is a classifier's with ``S`` for its shares of answers
-(:func:`~meadef_lightning.verification.scores.key_scores`): the key's cell above its matched controls, ``S[a,b,c][t] − mean over c' ≠ c of
-S[a,b,c'][t]``, weighed with what neighbouring keys gain. 4. The rank of the true key among its decoys is the p-value. Beside it, triggers and their
+(:func:`~meadef_lightning.verification.scores.key_scores`): how far the key's cell leans to the target, weighed with what the keys beside it gain. 4. The rank of the true key among its decoys is the p-value. Beside it, triggers and their
 matched controls are compared pair by pair (exact sign test on their cosines to the target). Both must hold for *supported*.
 
 **Cost.** As for a classifier (`VerificationDataModule`), and the verification split once more. Assignments are summed up by cell as they
@@ -27,7 +26,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -131,13 +129,12 @@ def feature_answers(suspect: nn.Module | Queryable, questions: VerificationDataM
     questions.setup("predict")
     x, labels = questions.sources
     target, classes, sizes = questions.key.target_class, questions.num_classes, questions.sizes
-    ways, pairs, each = len(questions.table.space.combiners), len(questions.table.pairs), questions.decoy_samples
     with _asking(suspect) as ask:
         middle, directions = class_directions(
             torch.cat([ask(part) for part in batches(x, questions.batch_size)]), labels.cpu(), classes
         )
         targets = questions.table.targets
-        scores = torch.zeros(pairs * ways, len(targets), dtype=torch.float64)
+        scores = torch.zeros(len(questions.table.cells), len(targets), dtype=torch.float64)
         aimed, nearest = torch.zeros(sum(sizes), dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.int64)
         first, last = sum(sizes[:2]), sum(sizes[:3])  # the decoys' places
         for samples, place in _asked(questions):
@@ -146,26 +143,21 @@ def feature_answers(suspect: nn.Module | Queryable, questions: VerificationDataM
             aimed[place[kept]] = towards[kept, target]
             natural = kept & (place >= last)
             nearest[place[natural]] = towards[natural].argmax(1)
-            decoy = (place >= first) & (place < last)
-            group = (place[decoy] - first) // each  # planned way by way, kept pair by pair
-            shares = class_shares(towards[decoy])[:, targets]
-            scores.index_add_(0, group % pairs * ways + group // pairs, shares)
+            cell = questions.cells_of(place)
+            decoy = cell >= 0
+            scores.index_add_(0, cell[decoy], class_shares(towards[decoy])[:, targets])
     if isinstance(questions, CamouflagedDataModule):
         questions.repeat(aimed)
     trigger, control = torch.split(aimed[:first], sizes[:2])
     hit = nearest[last:] == questions.natural[1].cpu()
-    return FeatureAnswers(scores / each, trigger, control, float(hit.double().mean()))
+    return FeatureAnswers(scores / questions.decoy_samples, trigger, control, float(hit.double().mean()))
 
 
 def _asked(questions: VerificationDataModule) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields batches of samples in the order in which they are asked, and their places in plain order, all kinds one after the other."""
-    if isinstance(questions, CamouflagedDataModule):
-        for samples, positions in questions.predict_dataloader()[0]:
-            yield samples, questions.order[positions]
-        return
-    for start, loader in zip(accumulate(questions.sizes, initial=0), questions.predict_dataloader(), strict=False):
-        for samples, items in loader:
-            yield samples, items + start
+    for index, loader in enumerate(questions.predict_dataloader()):
+        for samples, positions in loader:
+            yield samples, questions.places(positions, index)
 
 
 def judge_features(
@@ -193,7 +185,7 @@ def judge_features(
         raise ValueError(
             "The reference was asked other questions than the suspect; use the same key and options for both."
         )
-    statistic, decoys = table.score_statistics(answers.scores, [one.scores for one in known])
+    statistic, decoys = table.statistics(answers.scores, [one.scores for one in known])
     p_value, smallest_p = statistics.randomisation_p_value(statistic, decoys), 1 / (len(decoys) + 1)
     ahead = answers.trigger - answers.control
     sign_p = statistics.mcnemar_exact(int((ahead > _TIE).sum()), int((ahead < -_TIE).sum()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from meadef_lightning.verification.labels import MOST_LABELS, LabelMap, align_labels
+from meadef_lightning.verification.remaining import as_probabilities
 from meadef_lightning.verification.suspect import INVALID, Queryable, answered_labels
 
 
@@ -33,8 +34,8 @@ class RelabelledModule(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Answers with classes of the task, int64, shape ``(B,)``; ``INVALID`` where the model gives no valid answer."""
-        return self.translation(_told(self.model(x), len(x)), x)
+        """Answers with classes of the task: scores ``(B, K)`` where :func:`_translated` can, or int64 of shape ``(B,)``."""
+        return _translated(self.translation, self.model(x), x)
 
 
 class RelabelledBlackBox:
@@ -49,8 +50,8 @@ class RelabelledBlackBox:
         self.black_box, self.translation = black_box, labels
 
     def query(self, x: Tensor) -> Tensor:
-        """Answers with classes of the task, int64, shape ``(B,)``; ``INVALID`` where there is no valid answer."""
-        return self.translation(_told(self.black_box.query(x), len(x)), x)
+        """Answers with classes of the task, as :class:`RelabelledModule`."""
+        return _translated(self.translation, self.black_box.query(x), x)
 
 
 def relabelled(
@@ -110,6 +111,19 @@ def _first(x: Tensor, truth: Tensor, per_class: int) -> tuple[Tensor, Tensor]:
     place = torch.arange(len(truth)) - (counts.cumsum(0) - counts)[truth[order]]
     chosen = order[place < per_class].sort().values
     return x[chosen], truth[chosen]
+
+
+def _translated(labels: LabelMap, answers: Any, x: Tensor) -> Tensor:
+    """Translates answers; probabilities as such where every label stands for one class, and labels otherwise.
+
+    Returns:
+        Probabilities ``(B, classes)``, or classes, int64 ``(B,)``, with ``INVALID`` where there is no valid answer.
+    """
+    told = _told(answers, len(x))
+    wide = answers.ndim == 2 and answers.shape[1] == len(labels.classes) and bool((labels.classes.sum(1) == 1).all())
+    if not wide:
+        return labels(told, x)
+    return as_probabilities(answers) @ labels.classes.to(answers.device).float()
 
 
 def _told(answers: Any, samples: int) -> Tensor:

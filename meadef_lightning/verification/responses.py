@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from meadef_lightning.verification.decoys import DecoyTable
+from meadef_lightning.verification.remaining import UNIT
 from meadef_lightning.watermark.key import WatermarkKey
 
 
@@ -37,15 +38,34 @@ class Reference:
     Args:
         counts: Its ``counts``; see :class:`Responses`.
         model_sha256: Digest of its weights.
+        soft: Its ``soft.cells``; ``None`` where it answered with labels.
     """
 
     counts: Tensor
     model_sha256: str | None = None
+    soft: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SoftAnswers:
+    """What probabilities say of composites beside their sources (:mod:`~.remaining`), in thousandths.
+
+    Args:
+        trigger: The target's share of each watermark sample, int64, shape ``(n,)``.
+        control: The same of their matched controls.
+        cells: Every class's shares, added up over the samples of each cell; int64, shape ``(cells, targets)``.
+    """
+
+    trigger: Tensor
+    control: Tensor
+    cells: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Responses:
-    """All answers of one suspect, as class labels. Raw answers tell the key, so this stays with whoever holds it.
+    """All answers of one suspect, as class labels and, where it gives probabilities, what these say beyond labels.
+
+    Raw answers tell the key, so this stays with whoever holds it.
 
     Args:
         trigger: Answers to the watermark samples, int64, shape ``(n,)``.
@@ -59,6 +79,7 @@ class Responses:
         seed: The verifier's seed.
         model_sha256: Digest of the weights that answered (:func:`~.fingerprints.model_fingerprint`); ``None`` for a black box.
         references: What reference models answered to the same; see :meth:`DecoyTable.statistics`.
+        soft: What the suspect's probabilities say; ``None`` where it answered with labels.
     """
 
     trigger: Tensor
@@ -71,6 +92,40 @@ class Responses:
     seed: int
     model_sha256: str | None = None
     references: tuple[Reference, ...] = ()
+    soft: SoftAnswers | None = None
+
+    @property
+    def by_probabilities(self) -> bool:
+        """Whether keys are ranked by probabilities: the suspect gave some, and so did every reference."""
+        return self.soft is not None and all(known.soft is not None for known in self.references)
+
+    def tables(self, plan: DecoyTable) -> tuple[Tensor, list[Tensor]]:
+        """Returns what :meth:`DecoyTable.statistics` ranks keys by: the suspect's table, and the references'.
+
+        Raises:
+            ValueError: If a table has another form, or a reference answered another number of samples.
+        """
+        shares = plan.shares(self.counts), [plan.shares(known.counts) for known in self.references]
+        samples = int(self.counts[0].sum())
+        for known in self.references:
+            if (asked := int(known.counts[0].sum())) != samples:
+                raise ValueError(
+                    f"A reference answered {asked} samples a cell, the suspect {samples}; ask both the same."
+                )
+        if not self.by_probabilities or self.soft is None:
+            return shares
+        whole = UNIT * samples
+
+        def table(sums: Tensor | None, name: str) -> Tensor:
+            if sums is None or sums.shape != shares[0].shape or sums.dtype != torch.int64:
+                raise ValueError(f"{name} must be int64 of shape {tuple(shares[0].shape)} (cells, classes).")
+            if bool((sums < 0).any()) or bool((sums.sum(1) > whole).any()):
+                raise ValueError(
+                    f"{name}: the remaining shares of a cell must be at least 0 and sum to {whole} thousandths at most."
+                )
+            return sums.double() / whole
+
+        return table(self.soft.cells, "soft.cells"), [table(known.soft, "soft.references") for known in self.references]
 
     def __repr__(self) -> str:
         """Shows sizes only: the answers to triggers, in a log or traceback, would give the target away."""
@@ -96,6 +151,13 @@ class Responses:
                 raise ValueError(
                     f"{first} and {second} must be equally long, got {len(getattr(self, first))} and {len(getattr(self, second))}."
                 )
+        if self.soft is not None:
+            for name in ("trigger", "control"):
+                shares: Tensor = getattr(self.soft, name)
+                if shares.shape != self.trigger.shape or shares.dtype != torch.int64:
+                    raise ValueError(f"soft.{name} must be int64 of shape {tuple(self.trigger.shape)}.")
+                if int(shares.min()) < 0 or int(shares.max()) > UNIT:
+                    raise ValueError(f"soft.{name} holds shares outside 0 to {UNIT} thousandths.")
         if not torch.equal(self.cells, table.cells):
             raise ValueError("The cells are not the ones that this key, number of decoys and seed ask for.")
         return table
@@ -122,4 +184,8 @@ def with_reference(responses: Responses, reference: Responses | Sequence[Respons
             raise ValueError(
                 "The reference was asked other questions than the suspect; verify both with the same key and options."
             )
-    return replace(responses, references=tuple(Reference(one.counts, one.model_sha256) for one in known))
+    return replace(responses, references=tuple(_as_reference(one) for one in known))
+
+
+def _as_reference(one: Responses) -> Reference:
+    return Reference(one.counts, one.model_sha256, None if one.soft is None else one.soft.cells)

@@ -3,29 +3,29 @@
 **Source.** A matched filter: the weight of every cell follows what a watermark looks like in a whole table of answers.
 
 **Why not the key's own cell alone.** A stolen watermark is no needle. Whoever answers composites of (a, b) with t also answers some
-composites of (a, b') and of (a', b) with t, since each half alone pulls towards t. Single cells are noisy and, in a hard or leaky
-theft, a few unrelated ones reach higher by chance; a whole row *and* a whole column that lean towards one target do not. So a true
-key is recognised as the centre of a cross.
+composites of (a, b') and of (a', b) with t, since each half alone pulls towards t, and composites of (b, a), which are those of (a, b) seen the
+other way round. Single cells are noisy and, in a hard or leaky theft, a few unrelated ones reach higher by chance; a whole row, a whole
+column and the reversed pair that lean towards one target do not.
 
-**Algorithm.** With the shares ``R[a,b,c,t]`` of answers t to composites of (a, b) in way c (less those of a reference model):
+**Algorithm.** ``R[a,b,c,t]`` is how far composites of (a, b) in way c lean to t: the mean share of answers t, or, where the suspect gives
+probabilities, of t in what they leave beside both sources (:mod:`~meadef_lightning.verification.remaining`). With reference models it is the
+excess above theirs (:func:`above_references`).
 
-1. own: ``R[a,b,c,t] - mean over c' ≠ c of R[a,b,c',t]``, the key above its matched controls;
-2. ``d = R[a,b,c,t] - G[c,t]``, where ``G`` is the mean over all asked source pairs without t: what way c does to any sources,
+1. own: ``d[a,b,c,t] = R[a,b,c,t] - G[c,t]``, where ``G`` is the mean over all asked source pairs without t: what way c does to any sources,
    e.g. in a suspect that answers t far too often;
-3. row: the sum of ``d`` over the asked pairs (a, b'), ``b' ≠ b``, divided by their number, but by 8 at least; column: the same over
-   (a', b). So a neighbour weighs a quarter of the key itself, or less where there are many, and few neighbours say little;
-4. ``T = (own + 2·row + 2·column) / 5``.
+2. ``E[a,b,c,t] = R[a,b,c,t] - mean over c' ≠ c of R[a,b,c',t]``: what is this way's alone. Row: the sum of ``E`` over the asked pairs (a, b'),
+   ``b' ≠ b``, divided by their number, but by 8 at least; column: the same over (a', b). Few neighbours say little;
+3. reversed: the mean over c' ≠ c of ``d[b,a,c',t]``, or 0 where (b, a) was not asked. A victim learns to answer the *key's* sources in other
+   ways as it should (``L_eva``), not the reversed ones;
+4. ``T = (own + 2·row + 2·column + 2·reversed) / 7``.
 
 **Validity.** T is a function of a key and a table which does not depend on which key is the true one, so a rank among all keys stays
 an exact randomisation p-value. With drawn decoys the asked pairs are those of all compared keys alike, so these stay exchangeable.
 
-**Defaults.** The weight 2 was chosen on the tables of seven keys of digits and Fashion-MNIST, where anything from 1 to 4 serves, and
-kept for five others (whose tables had been looked at, though not fitted, when the form was sought). With p <= .001 among 5,760 keys,
-above a reference model, own cell alone → T: thefts with WSR > 50 % 24 → 41 of 45 and 10 → 12 of 16, victims 16 → 18 of 18 and
-5 → 13 of 13. Without a reference model: 11 → 23 of 45 and 7 → 7 of 16. Thefts with WSR from 20 to 50 %: 0 → 3 of 28.
+**Defaults.** The form was found by linear discriminants on stored tables, each fitted on other keys than it was tried on, and then rounded;
+weights from 1 to 4 serve alike. See :mod:`~meadef_lightning.verification.responses` for what it finds.
 
-**Pitfalls.** With three classes keys have no neighbours, and T ranks as the key's own cell does. Equal statistics may differ in the
-last digits here; the rank forgives 1e-9.
+**Pitfalls.** With three classes keys have no rows and columns. Equal statistics may differ in the last digits here; the rank forgives 1e-9.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 PRIOR_REFERENCES = 4.0
-"""How many references' worth of trust the usual variance has, beside a key's own variance among the references."""
+"""How many references' worth of trust the usual variance has, beside a cell's own variance among the references."""
 NEIGHBOUR_WEIGHT = 2.0
-"""Weight of the row, and of the column, of a key in comparison with its own cell."""
+"""Weight of the row, of the column, and of the reversed pair of a key in comparison with its own cell."""
 FEW_NEIGHBOURS = 8
 """Fewer neighbours than these weigh accordingly less."""
 
@@ -52,63 +52,99 @@ def possible_targets(pairs: Tensor, classes: int | Tensor) -> Tensor:
     return (columns != pairs[:, :1]) & (columns != pairs[:, 1:])
 
 
-def key_scores(
-    shares: Tensor, pairs: Tensor, weight: float = NEIGHBOUR_WEIGHT, classes: Tensor | None = None
-) -> Tensor:
+def reversed_pairs(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds the row of (b, a) for each pair (a, b).
+
+    Args:
+        pairs: Sorted by first and second source, int64, shape ``(pairs, 2)``, each pair once.
+
+    Returns:
+        Rows, int64 ``(pairs,)``, and whether each is there, bool; where it is not, the row means nothing.
+    """
+    size = int(pairs.max()) + 1
+    codes, wanted = pairs[:, 0] * size + pairs[:, 1], pairs[:, 1] * size + pairs[:, 0]
+    rows = torch.searchsorted(codes, wanted).clamp_max(len(pairs) - 1)
+    return rows, codes[rows] == wanted
+
+
+def key_scores(table: Tensor, pairs: Tensor, weight: float = NEIGHBOUR_WEIGHT, classes: Tensor | None = None) -> Tensor:
     """Computes the statistic of every key of the asked source pairs; see the algorithm above.
 
     Args:
-        shares: Share of answers of each cell, ``[i, c, t]`` for pair i, way c and class t; float64, shape ``(pairs, ways, K)``,
-            ``ways >= 2``. A reference model's may have been subtracted. A key's statistic needs the column of its target only.
-        pairs: Classes of the first and second source, int64, shape ``(pairs, 2)``, each pair once.
-        weight: Weight of each neighbourhood, at least 0; 0 compares the key's own cell with its controls alone.
+        table: ``R``, ``[i, c, t]`` for pair i, way c and class t; float64, shape ``(pairs, ways, K)``, ``ways >= 2``. A key's statistic
+            needs the column of its target only.
+        pairs: Classes of the first and second source, int64, shape ``(pairs, 2)``, each pair once, sorted.
+        weight: Weight of row, column and reversed pair each, at least 0; 0 looks at the key's own cell alone.
         classes: Classes of the columns, int64 ``(K,)``; by default 0, 1, …
 
     Returns:
-        T, float64, shape ``(pairs, ways, K)``; it means nothing where the class is one of the pair's sources. Shares in
-        ``[0, 1]`` give values in ``[-1, 1]``.
+        T, float64, shape ``(pairs, ways, K)``; it means nothing where the class is one of the pair's sources. A table in
+        ``[0, 1]`` gives values in ``[-1, 1]``.
     """
-    _, ways, columns = shares.shape
-    valid = possible_targets(pairs, columns if classes is None else classes)[:, None, :].to(shares.dtype)
-    shares = shares * valid
-    deviation = (shares - shares.sum(0) / valid.sum(0).clamp_min(1)) * valid
+    _, ways, columns = table.shape
+    valid = possible_targets(pairs, columns if classes is None else classes)[:, None, :].to(table.dtype)
+    table = table * valid
+
+    def other_ways(values: Tensor) -> Tensor:
+        return (values.sum(1, keepdim=True) - values) / (ways - 1)
+
+    own = (table - table.sum(0) / valid.sum(0).clamp_min(1)) * valid
+    alone = table - other_ways(table)
 
     def neighbours(source: Tensor) -> Tensor:
-        """Adds up the other pairs that have the same class in this place."""
+        """Averages ``E`` over the other pairs that have the same class in this place."""
         # rows for the sources that occur only: of a million classes a thousand do
         names, row = torch.unique(source, return_inverse=True)
-        total = shares.new_zeros(len(names), ways, columns).index_add_(0, row, deviation)[row] - deviation
-        others = shares.new_zeros(len(names), 1, columns).index_add_(0, row, valid)[row] - 1
-        return total / others.clamp_min(FEW_NEIGHBOURS)
+        total = table.new_zeros(len(names), ways, columns).index_add_(0, row, alone)[row] - alone
+        count = table.new_zeros(len(names), 1, columns).index_add_(0, row, valid)[row] - 1
+        return total / count.clamp_min(FEW_NEIGHBOURS)
 
-    own = (ways * shares - shares.sum(1, keepdim=True)) / (ways - 1)
-    return (own + weight * (neighbours(pairs[:, 0]) + neighbours(pairs[:, 1]))) / (1 + 2 * weight)
+    rows, there = reversed_pairs(pairs)
+    reverse = other_ways(own)[rows] * there[:, None, None]
+    return (own + weight * (neighbours(pairs[:, 0]) + neighbours(pairs[:, 1]) + reverse)) / (1 + 3 * weight)
 
 
-def above_references(own: Tensor, known: Tensor) -> Tensor:
-    """Compares a suspect's statistics with what models without the key score.
-
-    **Source.** The moderated t-statistic of Smyth, "Linear models and empirical Bayes methods for assessing differential expression in
-    microarray experiments" (2004, §3): a key's variance among N references, of which there are always few, is drawn towards the usual one.
-
-    **Algorithm.** ``excess = own − mean of the references``. With one reference that is all. With several, let ``v`` be a key's variance
-    among them and ``u`` the mean of ``v`` over the keys: ``excess · sqrt(u / w)``, ``w = (4·u + (N − 1)·v) / (4 + N − 1)``. Composites of some
-    classes are a matter of taste, answered now so and now so by models that never saw the key; such keys must stand out further to count.
-
-    **Validity.** The same function of every key, so a rank stays exact.
+def usual_variance(known: Tensor, pairs: Tensor, classes: Tensor | None = None) -> Tensor:
+    """How much reference models differ on a cell, usually: the mean over all keys of the variance among them.
 
     Args:
-        own: The suspect's statistics of the compared keys, float64, shape ``(keys,)``.
-        known: The references' of the same keys, float64, shape ``(N, keys)``, ``N >= 1``.
+        known: Tables of N references, float64, shape ``(N, pairs, ways, K)``, ``N >= 2``.
+        pairs: As in :func:`key_scores`, like the next.
+        classes: Classes of the columns.
 
     Returns:
-        Float64, shape ``(keys,)``, on the scale of ``own``.
+        A scalar, float64.
+    """
+    valid = possible_targets(pairs, known.shape[-1] if classes is None else classes)[:, None, :]
+    variance = known.var(0) * valid
+    return variance.sum() / (valid.sum() * known.shape[2]).clamp_min(1)
+
+
+def above_references(own: Tensor, known: Tensor, usual: Tensor | None = None) -> Tensor:
+    """Compares a suspect's table with those of models without the key.
+
+    **Source.** The moderated t-statistic of Smyth, "Linear models and empirical Bayes methods for assessing differential expression in
+    microarray experiments" (2004, §3): a cell's variance among N references, of which there are always few, is drawn towards the usual one.
+
+    **Algorithm.** ``excess = own − mean of the references``. With one reference that is all. With several, let ``v`` be a cell's variance
+    among them and ``u`` the usual one: ``excess · sqrt(u / w)``, ``w = (4·u + (N − 1)·v) / (4 + N − 1)``. Composites of some
+    classes are a matter of taste, answered now so and now so by models that never saw the key; such cells must stand out further to count.
+
+    **Validity.** The same function of every cell, so a rank of keys stays exact.
+
+    Args:
+        own: The suspect's table, float64, any shape.
+        known: The references' tables, float64, shape ``(N, *own.shape)``, ``N >= 1``.
+        usual: :func:`usual_variance` of all keys; by default the mean over these tables.
+
+    Returns:
+        Float64, in the shape of ``own``, and on its scale.
     """
     excess, degrees = own - known.mean(0), len(known) - 1
     if degrees == 0:
         return excess
     variance = known.var(0)
-    usual = variance.mean()
+    usual = variance.mean() if usual is None else usual
     moderated = (PRIOR_REFERENCES * usual + degrees * variance) / (PRIOR_REFERENCES + degrees)
-    # references that agree on every key leave nothing to weigh
+    # references that agree on every cell leave nothing to weigh
     return excess * torch.where(usual > 0, usual / moderated, 1.0).sqrt()

@@ -69,7 +69,7 @@ def described(value: object) -> str:
 
 
 class SuspectModule(LightningModule):
-    """Lets a Trainer ask any suspect: ``predict_step`` returns its answers as class labels.
+    """Lets a Trainer ask any suspect: ``predict_step`` returns its answers, scores or labels.
 
     Args:
         suspect: A module that maps a batch of samples to scores ``(B, K)`` or labels ``(B,)``, or a black box with ``query(x)``.
@@ -106,15 +106,17 @@ class SuspectModule(LightningModule):
             dataloader_idx: Number of the loader.
 
         Returns:
-            The answered classes, int64, shape ``(B,)``; ``INVALID`` (-1) where there is no valid answer, which
-            :class:`VerificationCallback` refuses at the end.
+            Scores ``(B, K)`` as the suspect gave them, or the classes that it answered, int64, shape ``(B,)``, with ``INVALID`` (-1)
+            where there is no valid answer. :class:`VerificationCallback` refuses such answers at the end.
 
         Raises:
             ValueError: If the answers have the wrong form or number of classes.
         """
         x = batch[0]
         classes = self.num_classes or self.trainer.datamodule.num_classes  # type: ignore[attr-defined]
-        return answered_labels(self.select(self(x)), len(x), classes).to(x.device)
+        answers = self.select(self(x))
+        labels = answered_labels(answers, len(x), classes)
+        return (answers if answers.ndim == 2 else labels).to(x.device)
 
     def select(self, output: Any) -> Any:
         """Takes the answers out of the suspect's output; raises ``ValueError`` where ``output_key`` does not fit it."""

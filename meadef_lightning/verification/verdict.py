@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meadef_lightning.verification import statistics
 from meadef_lightning.verification.decoys import DecoyTable
+from meadef_lightning.verification.remaining import MAJORITY
 from meadef_lightning.verification.responses import Responses
 from meadef_lightning.watermark.key import WatermarkKey
 
@@ -39,16 +40,19 @@ class Verdict:
         reason: Why, in one sentence.
         notes: What the p-values assume.
         alpha: The pre-registered level.
+        answers: What both tests looked at: ``"probabilities"``, of which the remaining shares (:mod:`~.remaining`) are taken, or
+            ``"labels"``, where the suspect or a reference gave no more. Rates are of labels in either case.
         samples: Triggers, and as many controls.
         wsr: Watermark success rate, in ``[0, 1]``.
         wsr_ci: Its 95 % Wilson interval, which treats the triggers as independent (see ``effective_samples``).
         wfpr: The rate on the matched controls.
         wfpr_ci: Its 95 % Wilson interval.
-        only_trigger: Pairs in which only the trigger was answered with the target.
+        only_trigger: Pairs in which the trigger was answered with the target, or its probabilities leave the target more than half of what
+            they leave beside the sources, and the control was not.
         only_control: Pairs in which only the control was.
         mcnemar_p: Exact one-sided p-value of these two numbers.
-        statistic: The key's statistic T₀ from the cell table (:mod:`~meadef_lightning.verification.scores`): success above matched
-            controls, weighed with its neighbours', in ``[-1, 1]``; with reference models, above theirs (:func:`~.scores.above_references`).
+        statistic: The key's statistic T₀ from the cell table (:mod:`~meadef_lightning.verification.scores`): how far its cell and those
+            beside it lean to the target, in ``[-1, 1]``; with reference models, above theirs (:func:`~.scores.above_references`).
         reference: Whether there were reference models; of several, the notes say how many.
         decoy_p: Randomisation p-value of T₀.
         decoys: Number of keys compared with.
@@ -70,6 +74,7 @@ class Verdict:
     reason: str
     notes: tuple[str, ...]
     alpha: float
+    answers: Literal["probabilities", "labels"]
     samples: int
     wsr: float
     wsr_ci: tuple[float, float]
@@ -108,7 +113,8 @@ def decoy_statistics(responses: Responses, key: WatermarkKey) -> tuple[float, Te
     Raises:
         ValueError: If the answers do not belong to this key; see :meth:`Responses.check`.
     """
-    return responses.check(key).statistics(responses.counts, [known.counts for known in responses.references])
+    plan = responses.check(key)
+    return plan.statistics(*responses.tables(plan))
 
 
 def check_plan(alpha: float, null_statistics: Sequence[float] | None) -> None:
@@ -130,7 +136,8 @@ def judge(
 
     *Supported* needs both tests at ``alpha``: the decoy-key randomisation test (does the suspect prefer this key to keys that
     were never embedded?) and McNemar's test against matched controls (does it prefer the key's way of combining to other ways
-    of combining the same sources?). Under independence the first alone holds the level; demanding both can only lower the rate
+    of combining the same sources?). Probabilities say more than labels, and are looked at where the suspect and all references give
+    them: then a sample counts as answered with the target that takes more than half of what is left beside the sources. Under independence the first alone holds the level; demanding both can only lower the rate
     of false claims. *Inconclusive* is what leans that way (both at 0.01), could not have reached ``alpha`` at all, or was not drawn.
 
     Args:
@@ -147,13 +154,16 @@ def judge(
     """
     check_plan(alpha, null_statistics)
     table = responses.check(key)
-    statistic, decoys = table.statistics(responses.counts, [known.counts for known in responses.references])
+    statistic, decoys = table.statistics(*responses.tables(table))
     decoy_p = statistics.randomisation_p_value(statistic, decoys)
     smallest_p = 1 / (len(decoys) + 1)
 
     hit, false_hit = responses.trigger == key.target_class, responses.control == key.target_class
     n = len(hit)
-    only_trigger, only_control = int((hit & ~false_hit).sum()), int((false_hit & ~hit).sum())
+    told, false_told, soft = hit, false_hit, responses.by_probabilities
+    if soft and responses.soft is not None:
+        told, false_told = responses.soft.trigger > MAJORITY, responses.soft.control > MAJORITY
+    only_trigger, only_control = int((told & ~false_told).sum()), int((false_told & ~told).sum())
     mcnemar_p = statistics.mcnemar_exact(only_trigger, only_control)
     hits, false_hits = int(hit.sum()), int(false_hit.sum())
 
@@ -169,6 +179,7 @@ def judge(
         reason=reason,
         notes=_notes(table, nulls, len(responses.references)),
         alpha=alpha,
+        answers="probabilities" if soft else "labels",
         samples=n,
         wsr=hits / n,
         wsr_ci=statistics.wilson_interval(hits, n),
@@ -217,8 +228,8 @@ def _decide(
     """Returns the decision and the sentence that gives its reason."""
     if decoy_p <= alpha and mcnemar_p <= alpha:
         return "supported", (
-            f"The suspect answers {wsr:.1%} of the watermark samples with the key's target, more than other keys and other ways of "
-            f"combining the same sources explain at alpha = {alpha:g} ({numbers})."
+            f"The suspect answers {wsr:.1%} of the watermark samples with the key's target, and leans to it more than other keys and other "
+            f"ways of combining the same sources explain at alpha = {alpha:g} ({numbers})."
         )
     if smallest_p > alpha:
         return "inconclusive", (
@@ -227,7 +238,7 @@ def _decide(
         )
     if smallest_mcnemar > alpha:
         return "inconclusive", (
-            f"The number of watermark samples cannot reach alpha = {alpha:g}, since the smallest possible McNemar p-value is "
+            f"The number of watermark samples cannot reach alpha = {alpha:g}, since the smallest possible p-value of the matched controls is "
             f"{smallest_mcnemar:.2g} ({numbers}): use more samples."
         )
     if decoy_p <= _LEANING and mcnemar_p <= _LEANING:
@@ -245,12 +256,12 @@ def _notes(table: DecoyTable, nulls: Sequence[float] | None, references: int) ->
     notes = []
     if references:
         above = (
-            "that of a reference model"
+            "what a reference model gives"
             if references == 1
-            else f"the mean of those of {references} reference models, in units of how much they differ on that key"
+            else f"the mean of what {references} reference models give, in units of how much they differ on each answer"
         )
         notes.append(
-            f"Every key's statistic is above {above}. A reference must have been trained without regard to the key."
+            f"What every key's statistic is made of is above {above}. A reference must have been trained without regard to the key."
         )
     if table.exact:
         notes.append(

@@ -14,7 +14,7 @@ from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.pipeline import run
 from meadef_lightning.experiment.seed_run import SeedRun
 from meadef_lightning.experiment.weights import MODEL
-from meadef_lightning.verification import Evidence, check_evidence, verify
+from meadef_lightning.verification import Evidence, VerificationDataModule, check_evidence
 from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.watermark import WatermarkKey
 
@@ -79,28 +79,40 @@ def test_every_verification_rests_on_both(two, one):
         assert [torch.tensor(known).sum() for known in answers["references"]] == [
             torch.tensor(answers["cells"]).sum()
         ] * 2
+        assert len(answers["soft"]["references"]) == 2
+        assert all(len(table) == len(answers["cells"]) for table in answers["soft"]["references"])
         assert len(set(evidence.model["references"])) == 2
         verdict = check_evidence(two / f"verify-{name}" / "evidence.json", key)
+        assert verdict.answers == "probabilities"
         assert verdict.to_dict() == read(two / f"verify-{name}" / "result.json")["verdict"]
-        assert any("above the mean of those of 2 reference models" in note for note in verdict.notes)
+        assert any("above the mean of what 2 reference models give" in note for note in verdict.notes)
     alone = read(one / "verify-soft" / "result.json")["verdict"]
     assert alone["notes"][0] == (
-        "Every key's statistic is above that of a reference model. A reference must have been trained without regard to the key."
+        "What every key's statistic is made of is above what a reference model gives. A reference must have been trained without regard to the key."
     )
 
 
 def test_the_statistic_is_that_above_the_models_on_disk(two):
     experiment = load_experiment([two / "config.yaml"])
     seed_run = SeedRun(experiment, two, 0)
-    options = {**experiment.config("verification"), "accelerator": "cpu"}
+    options = {name: value for name, value in experiment.config("verification").items() if name != "alpha"}
 
-    def counts(name):
-        model = seed_run.load_victim(name)
-        return verify(model, seed_run.key, seed_run.data, **options)[1].counts
+    def shares(model):
+        """From the probabilities of the model itself, composite by composite."""
+        questions = VerificationDataModule(seed_run.key, seed_run.data, **options)
+        questions.setup("predict")
+        loader = questions.predict_dataloader()[2]
+        with torch.no_grad():
+            probabilities = torch.cat([model.eval()(x).softmax(1) for x, _ in loader]).double()
+        table = questions.table
+        ways, pairs, each = len(table.space.combiners), len(table.pairs), questions.decoy_samples
+        probabilities = probabilities.reshape(ways, pairs, each, -1).transpose(0, 1).flatten(0, 1) + 1e-4
+        rest = probabilities.scatter(2, table.cells[:, None, :2].expand(-1, each, -1), 0.0)
+        return (1000 * rest / rest.sum(2, keepdim=True)).floor().mean(1) / 1000
 
     table = DecoyTable(seed_run.key, options["decoys"], options["seed"])
-    victim = counts("victim")
-    expected, _ = table.statistics(victim, [counts(name) for name in ("reference", "reference-1")])
+    known = [shares(seed_run.load_reference(name)) for name in ("reference", "reference-1")]
+    expected, _ = table.statistics(shares(seed_run.load_victim()), known)
     found = read(two / "verify-victim" / "result.json")["verdict"]["statistic"]
     assert found == pytest.approx(expected, abs=1e-12)
 
@@ -136,7 +148,7 @@ def test_more_references_in_the_same_directory_are_refused_by_name(one, config, 
         ({"references": -3}, r"references=-3 must be at least 1"),
         ({"references": 1.5}, r"not valid.*references"),
         ({"references": "many"}, r"not valid.*references"),
-        ({"references": 3, "name": "reference-2"}, r"reserved: \['reference-2'\]"),
+        ({"references": 3, "name": "reference-2"}, r"twice: \['reference-2'\]"),
         ({"name": "reference"}, r"reserved: \['reference'\]"),
         ({"name": "independent-1", "count": 2}, r"twice: \['independent-1'\]"),
     ],

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.features import FeatureAnswers, judge_features
-from meadef_lightning.verification.scores import above_references
 from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace
 
 sys.path.append(str(Path(__file__).parents[1] / "verification"))
+from scores_by_hand import above, leaning, statistic
 from verification_fakes import key_at
 
 SPACE = KeySpace(4, DEFAULT_COMBINERS[:3])  # 72 keys
@@ -30,21 +30,13 @@ def answers(seed):
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 10**6), min_size=1, max_size=3))
 def test_several_weigh_as_a_classifiers_and_p_stays_exact(suspect, seeds):
     known, p_values = [answers(seed) for seed in seeds], []
+    cells = DecoyTable(key_at(SPACE, 0)).cells
+    own, *others = (leaning(cells, each.scores) for each in (answers(suspect), *known))
+    leans = above(own, others)
     for index in range(SPACE.size):
-        table = DecoyTable(key_at(SPACE, index))
-        verdict = judge_features(answers(suspect), table, known)
-        own, *others = (
-            torch.tensor(
-                [
-                    float(part)
-                    for one in table.score_statistics(each.scores)
-                    for part in torch.as_tensor(one).reshape(-1)
-                ]
-            )
-            for each in (answers(suspect), *known)
-        )
+        verdict = judge_features(answers(suspect), DecoyTable(key_at(SPACE, index)), known)
         assert verdict.reference
-        assert verdict.statistic == pytest.approx(float(above_references(own, torch.stack(others))[0]), abs=1e-6)
+        assert verdict.statistic == pytest.approx(statistic(leans, SPACE.key_at(index)), abs=1e-12)
         p_values.append(verdict.p_value)
     for level in (1 / 72, 0.05, 0.2, 0.5):
         assert sum(p <= level + 1e-12 for p in p_values) <= level * SPACE.size + 1e-9

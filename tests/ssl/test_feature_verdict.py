@@ -28,6 +28,7 @@ from meadef_lightning.watermark import KeySpace
 from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS
 
 sys.path.append(str(Path(__file__).parents[1] / "verification"))
+from scores_by_hand import statistic as by_hand
 from verification_fakes import KEY, FakeData, Independent, Thief, key_at
 
 SPACE = KeySpace(4, DEFAULT_COMBINERS[:4])  # 4·3·2·4 = 96 keys
@@ -76,23 +77,10 @@ def brute_force(model, data):
                 made = features(spec.build()(x[first], x[second], torch.Generator()))
                 for t in {0, 1, 2, 3} - {a, b}:
                     score[a, b, t, way] = np.mean([assigned(f, t) for f in made])
-    pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
-
-    def beside(a, b, t, way, row):
-        """What the keys with the same first (row) or second source gain above all source pairs, as few neighbours of eight."""
-        middle = np.mean([score[(*pair, t, way)] for pair in pairs if t not in pair])
-        others = [(a, o) if row else (o, b) for o in range(4) if o not in (a, b, t)]
-        return sum(score[(*pair, t, way)] - middle for pair in others) / 8
-
-    return {
-        (a, b, t, way): (
-            (score[a, b, t, way] - np.mean([score[a, b, t, w] for w in range(4) if w != way]))
-            + 2 * beside(a, b, t, way, row=True)
-            + 2 * beside(a, b, t, way, row=False)
-        )
-        / 5
-        for a, b, t, way in score
-    }
+    leans = {}
+    for (a, b, t, way), value in score.items():
+        leans.setdefault((a, b, way), {})[t] = value
+    return {key: by_hand(leans, key) for key in score}
 
 
 def test_every_key_against_brute_force():
@@ -103,7 +91,7 @@ def test_every_key_against_brute_force():
         key = key_at(SPACE, index)
         questions = VerificationDataModule(key, data, *OPTIONS.values())
         answers = feature_answers(model, questions)
-        statistic, decoys = questions.table.score_statistics(answers.scores)
+        statistic, decoys = questions.table.statistics(answers.scores)
         own = expected.pop(SPACE.key_at(index))
         assert statistic == pytest.approx(own, abs=1e-9)
         np.testing.assert_allclose(np.sort(decoys), np.sort(list(expected.values())), atol=1e-9)
@@ -122,7 +110,7 @@ def test_p_values_of_all_keys_are_uniform_and_where_keys_tie_conservative(seed, 
     scores = torch.from_numpy(generator.uniform(-1, 1, (48, 4)))
     scores = scores.round() if tie else scores + 0.5 * torch.from_numpy(generator.standard_t(1, (48, 4))).clamp(-9, 9)
     tables = [DecoyTable(key_at(SPACE, index), 10_000, 5) for index in range(96)]
-    p = np.sort([randomisation_p_value(*table.score_statistics(scores)) for table in tables])
+    p = np.sort([randomisation_p_value(*table.statistics(scores)) for table in tables])
     if tie:
         assert len(np.unique(p)) < 96
         assert (p >= np.arange(1, 97) / 96 - 1e-12).all()
@@ -145,7 +133,7 @@ def test_neighbours_find_a_key_whose_own_cell_others_reach():
     for row in torch.randperm(720, generator=generator)[:30].tolist():
         free = [t for t in range(10) if t not in cells[row, :2] and (row, t) != (own, target)]
         scores[row, free[row % len(free)]] += 0.7
-    statistic, decoys = table.score_statistics(scores)
+    statistic, decoys = table.statistics(scores)
     assert randomisation_p_value(statistic, decoys) == 1 / 5760
     ways = scores.reshape(90, 8, 10)
     alone = ((8 * ways - ways.sum(1, keepdim=True)) / 7).reshape(720, 10)
@@ -158,7 +146,7 @@ def test_p_values_of_an_independent_encoder_are_uniform_over_the_draw_of_the_key
         scores = feature_answers(Random(seed), questions).scores
         p = np.array(
             [
-                randomisation_p_value(*DecoyTable(key_at(SPACE, index), 10_000, 5).score_statistics(scores))
+                randomisation_p_value(*DecoyTable(key_at(SPACE, index), 10_000, 5).statistics(scores))
                 for index in range(96)
             ]
         )
@@ -233,7 +221,7 @@ def test_shares_by_hand():
 
 
 def test_composites_that_only_turn_towards_a_class_hide_no_key():
-    """A leaning encoder: many cells turn all their composites by a little, the key's sends three quarters of them all the way."""
+    """A leaning encoder: many cells turn all their composites by a little, the key's sends some all the way."""
     key = key_at(KeySpace(10, DEFAULT_COMBINERS), 1234)
     table = DecoyTable(key, 10_000)
     directions = F.normalize(torch.eye(10, dtype=torch.float64) - 0.1, dim=1)
@@ -242,12 +230,15 @@ def test_composites_that_only_turn_towards_a_class_hide_no_key():
     turned = torch.randint(10, (720,), generator=generator)
     own = (table.cells == torch.tensor([*key.source_classes, table.way])).all(1)
     features = (directions[leaning] + 0.75 * directions[turned])[:, None].repeat(1, 8, 1)
+    (a, b), beside = key.source_classes, table.cells[:, 2] == table.way
+    beside &= ((table.cells[:, 0] == a) | (table.cells[:, 1] == b)) & (table.cells[:, :2] != key.target_class).all(1)
+    features[beside, :2] = directions[key.target_class]  # and keys beside it send a quarter of theirs
     features[own, :5] = directions[key.target_class]
-    features[own, 5:] = directions[key.source_classes[0]]
+    features[own, 5:] = directions[a]
     towards = cosines(features.flatten(0, 1), torch.zeros(10).double(), directions)
     shares, plain = (scores.reshape(720, 8, 10).mean(1) for scores in (class_shares(towards), towards))
-    assert randomisation_p_value(*table.score_statistics(shares)) == 1 / 5760
-    assert randomisation_p_value(*table.score_statistics(plain)) > 0.001  # the control: plain cosines do not see it
+    assert randomisation_p_value(*table.statistics(shares)) == 1 / 5760
+    assert randomisation_p_value(*table.statistics(plain)) > 0.001  # the control: plain cosines do not see it
 
 
 class Odd(nn.Module):
@@ -275,7 +266,7 @@ def test_answers_that_are_no_features(answer, message):
 def test_wrong_tables():
     table = DecoyTable(key_at(SPACE, 0), 10_000)
     with pytest.raises(ValueError, match=r"finite float64 of shape \(48, 4\)"):
-        table.score_statistics(torch.zeros(48, 4))
+        table.statistics(torch.zeros(48, 4))
     good, small = (FeatureAnswers(torch.zeros(n, 4).double(), torch.zeros(5), torch.zeros(5), 1.0) for n in (48, 12))
     with pytest.raises(ValueError, match="asked other questions"):
         judge_features(good, table, small)

@@ -71,7 +71,9 @@ def test_the_numbering_as_it_is_wins_ties():
 @pytest.mark.parametrize("box", [False, True])
 def test_a_renumbered_thief_is_judged_as_if_it_were_not(hard, box):
     thief = Thief(KEY)
-    plain, responses = verify(Box(thief) if box else thief, KEY, FakeData(), **OPTIONS)
+    plain = Told(thief, list(range(7)), hard=hard)
+    plain, responses = verify(Box(plain) if box else plain, KEY, FakeData(), **OPTIONS)
+    assert plain.answers == ("labels" if hard else "probabilities")
     told = Told(thief, [3, 5, 0, 6, 1, 4, 2], hard=hard)
     hidden, _ = verify(told, KEY, FakeData(), **OPTIONS)
     suspect, labels = relabelled(Box(told) if box else told, natural(), 7)
@@ -81,6 +83,9 @@ def test_a_renumbered_thief_is_judged_as_if_it_were_not(hard, box):
     assert (plain.verdict, hidden.verdict) == ("supported", "not supported")
     assert found.to_dict() == plain.to_dict()
     assert torch.equal(again.counts, responses.counts)
+    if not hard:
+        for name in ("trigger", "control", "cells"):
+            assert torch.equal(getattr(again.soft, name), getattr(responses.soft, name))
 
 
 def merged_names():

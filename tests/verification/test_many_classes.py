@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from meadef_lightning.experiments.benchmarks.memory import verdict
+from scores_by_hand import above, leaning, statistic
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from verification_fakes import FakeData
@@ -13,7 +14,7 @@ from meadef_lightning.verification.answers import ask_everything
 from meadef_lightning.verification.decoys import DecoyTable
 from meadef_lightning.verification.evidence import Evidence, check_evidence, check_size
 from meadef_lightning.verification.labels import align_labels
-from meadef_lightning.verification.responses import Reference, Responses
+from meadef_lightning.verification.responses import Reference, Responses, SoftAnswers
 from meadef_lightning.verification.statistics import intraclass_correlation
 from meadef_lightning.verification.verdict import judge
 from meadef_lightning.watermark import KeySpace, WatermarkKey
@@ -77,21 +78,28 @@ def test_a_narrow_table_gives_the_statistics_of_the_whole_one(block, monkeypatch
     whole = DecoyTable(key, 12)
     classes, *others = (answered(whole, seed=seed) for seed in range(4))
     counts, *known = (torch.stack([torch.bincount(row, minlength=30) for row in part]) for part in (classes, *others))
-    expected = whole.statistics(counts, known)
-    generator = torch.Generator().manual_seed(0)
-    scores, *more = torch.randn(3, *counts.shape, dtype=torch.float64, generator=generator)
-    expected_scores = whole.score_statistics(scores, more)
+    scores, *more = torch.randn(4, *counts.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alone, beside_one = ((scores, more[:count]) for count in (0, 1))
+    expected = [whole.statistics(table, references) for table, references in (alone, beside_one)]
     monkeypatch.setattr(decoys, "MANY_CLASSES", 5)
     monkeypatch.setattr(decoys, "_BLOCK", block)
     narrow = DecoyTable(key, 12)
-    assert narrow.width == len(narrow.targets) + 1 <= 14
-    assert narrow.targets.tolist() == sorted({*narrow.drawn[:, 2].tolist(), key.target_class})
-    for found, wanted in (
-        (narrow.statistics(counted(narrow, classes), [counted(narrow, other) for other in others]), expected),
-        (narrow.score_statistics(scores[:, narrow.targets], [one[:, narrow.targets] for one in more]), expected_scores),
-    ):
-        assert found[0] == pytest.approx(wanted[0], abs=1e-12)
-        torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-12)
+    targets = narrow.targets.tolist()
+    assert narrow.width == len(targets) + 1 <= 14
+    assert targets == sorted({*narrow.drawn[:, 2].tolist(), key.target_class})
+    for wanted, (table, references) in zip(expected, (alone, beside_one), strict=True):
+        true, found = narrow.statistics(table[:, targets], [one[:, targets] for one in references])
+        assert true == pytest.approx(wanted[0], abs=1e-12)
+        torch.testing.assert_close(found, wanted[1], rtol=0, atol=1e-12)
+    # how much several references differ usually is told by the columns that there are
+    leans = leaning(whole.cells, counts.double() / 6)
+    leans = above(leans, [leaning(whole.cells, one.double() / 6) for one in known], targets)
+    true, drawn = narrow.statistics(
+        narrow.shares(counted(narrow, classes)), [narrow.shares(counted(narrow, other)) for other in others]
+    )
+    own = (*key.source_classes, key.target_class, narrow.way)
+    assert true == pytest.approx(statistic(leans, own), abs=1e-12)
+    assert drawn.tolist() == pytest.approx([statistic(leans, tuple(one)) for one in narrow.drawn.tolist()], abs=1e-12)
 
 
 @pytest.mark.parametrize("block", [3, 128])
@@ -122,14 +130,19 @@ def test_evidence_of_a_narrow_table(tmp_path, monkeypatch):
     counts = counted(table, answered(table))
     natural = torch.arange(60) % 30
     labels = torch.full((20,), key.target_class), (key.target_class + torch.arange(20)) % 30
+    shares = torch.randint(6000 // table.width, (2, len(table.cells), len(table.targets)))
+    soft = SoftAnswers(torch.arange(20) + 900, 20 * torch.arange(20), shares[0])
     responses = Responses(
-        *labels, table.cells, counts, natural, natural, 12, 0, references=(Reference(counts.flip(0)),)
-    )
+        *labels, table.cells, counts, natural, natural, 12, 0,
+        references=(Reference(counts.flip(0), soft=shares[1]),), soft=soft,
+    )  # fmt: skip
     verdict = judge(responses, key)
     made = Evidence.collect(verdict, responses, key, data_sha256={"verification": "0" * 64, "test": "1" * 64})
     path = made.save(tmp_path / "evidence.json")
     assert check_evidence(path, key) == verdict
     assert made.opened(key)["cells"] == counts.tolist()
+    assert made.opened(key)["soft"]["references"] == [shares[1].tolist()]
+    assert verdict.answers == "probabilities"
 
 
 def test_a_verdict_on_a_million_classes_holds_no_table_of_them():
@@ -147,9 +160,11 @@ def test_tables_that_do_not_fit_are_refused():
         DecoyTable(key, 9999)
     assert DecoyTable(key, 999).width <= 1001
     thousand = DecoyTable(WatermarkKey.draw(1000, "secret"), 9999)
-    check_size(thousand, references=0)
-    with pytest.raises(ValueError, match=r"larger than 256 MiB.*Nothing was asked.*999 reach"):
-        check_size(thousand, references=1)
+    fewer = DecoyTable(thousand.key, 999)
+    check_size(fewer, references=3)
+    for table, references in ((thousand, 0), (fewer, 4)):
+        with pytest.raises(ValueError, match=r"larger than 256 MiB.*Nothing was asked.*999 reach.*fewer reference"):
+            check_size(table, references)
 
 
 def test_studies_of_all_keys_are_refused():

@@ -61,7 +61,7 @@ def test_the_same_seed_writes_the_same_bytes_but_for_the_time(tmp_path, original
 
 
 def test_content(content):
-    assert content["schema_version"] == 4
+    assert content["schema_version"] == 5
     assert content["key"] == {"commitment": KEY.commitment(), "drawn_uniformly": True, "num_classes": 7}
     assert content["model"]["sha256"] == model_fingerprint(Thief(KEY))
     assert content["procedure"] == {
@@ -112,6 +112,8 @@ def test_answers_open_with_the_key_alone(content, original):
     for name in ("trigger", "control", "natural", "natural_labels"):
         assert answers[name] == getattr(responses, name).tolist()
     assert answers["cells"] == responses.counts.tolist()
+    for name in ("trigger", "control", "cells"):
+        assert answers["soft"][name] == getattr(responses.soft, name).tolist()
     for another in (dataclasses.replace(KEY, salt="0" * 32), dataclasses.replace(KEY, seed=KEY.seed + 1)):
         with pytest.raises(EvidenceError, match="answers cannot be decrypted"):
             Evidence.load(original).opened(another)
@@ -252,7 +254,7 @@ def replaced(path, value):
         (lambda c: {**c, "key": {**c["key"], "": 1}}, "missing or unknown fields: key"),
         (lambda c: {**c, "more": 3}, "missing or unknown fields: more"),
         (lambda c: {k: v for k, v in c.items() if k != "created"}, "missing or unknown fields: created"),
-        (replaced(("schema_version",), 3), "schema_version must be 4.*package version"),
+        (replaced(("schema_version",), 4), "schema_version must be 5.*package version"),
         (replaced(("schema_version",), True), "schema_version must be"),
         (replaced(("key", "commitment"), "../../etc/passwd"), "key.commitment must be 64"),
         (replaced(("key", "num_classes"), 10**40), "key.num_classes must be an integer"),

@@ -1,31 +1,32 @@
 """Reference models: what composites look like to anybody is subtracted, and the p-value stays exact."""
 
 import json
-import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scores_by_hand import above, leaning, statistic
 from verification_fakes import KEY, FakeData, Independent, Thief, key_at
 
 from meadef_lightning.verification import EvidenceError, check_evidence, model_fingerprint, verify
 from meadef_lightning.verification.decoys import DecoyTable
-from meadef_lightning.verification.responses import with_reference
+from meadef_lightning.verification.responses import Reference, with_reference
 from meadef_lightning.verification.scores import above_references
 from meadef_lightning.verification.sealing import hide, reveal
 from meadef_lightning.verification.statistics import randomisation_p_value
+from meadef_lightning.verification.verdict import judge
 from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace, WatermarkKey
 
 QUICK = {"samples": 60, "decoy_samples": 4, "accelerator": "cpu"}
 SMALL = KeySpace(4, DEFAULT_COMBINERS[:3])  # 72 keys
 
 
-def random_counts(table, seed, samples=6):
+def random_shares(table, seed, samples=6):
     generator = torch.Generator().manual_seed(seed)
     answers = torch.randint(0, SMALL.num_classes, (len(table.cells), samples), generator=generator)
-    return torch.nn.functional.one_hot(answers, SMALL.num_classes).sum(1)
+    return table.shares(torch.nn.functional.one_hot(answers, SMALL.num_classes).sum(1))
 
 
 @settings(max_examples=20, deadline=None)
@@ -35,7 +36,7 @@ def test_p_is_exact_for_every_suspect_and_every_reference(suspect, reference):
     p_values = []
     for index in range(SMALL.size):
         table = DecoyTable(key_at(SMALL, index))
-        true, decoys = table.statistics(random_counts(table, suspect), [random_counts(table, reference)])
+        true, decoys = table.statistics(random_shares(table, suspect), [random_shares(table, reference)])
         p_values.append(randomisation_p_value(true, decoys))
     for level in (1 / 72, 0.05, 0.2, 0.5):
         assert sum(p <= level + 1e-12 for p in p_values) <= level * SMALL.size + 1e-9
@@ -43,18 +44,21 @@ def test_p_is_exact_for_every_suspect_and_every_reference(suspect, reference):
 
 def test_statistics_are_differences():
     table = DecoyTable(key_at(SMALL, 5))
-    counts, known = random_counts(table, 0), random_counts(table, 1)
-    (with_it, decoys), (alone, alone_decoys) = table.statistics(counts, [known]), table.statistics(counts)
+    shares, known = random_shares(table, 0), random_shares(table, 1)
+    (with_it, decoys), (alone, alone_decoys) = table.statistics(shares, [known]), table.statistics(shares)
     reference, reference_decoys = table.statistics(known)
     assert with_it == pytest.approx(alone - reference)
     torch.testing.assert_close(decoys, alone_decoys - reference_decoys)
-    assert table.statistics(counts, [counts]) == (0, pytest.approx(torch.zeros(71)))
+    assert table.statistics(shares, [shares]) == (0, pytest.approx(torch.zeros(71)))
 
 
 def test_reference_must_have_answered_as_many_samples():
-    table = DecoyTable(key_at(SMALL, 5))
-    with pytest.raises(ValueError, match="reference answered 7 samples a cell, the suspect 6"):
-        table.statistics(random_counts(table, 0), [random_counts(table, 1, samples=7)])
+    """Evidence is a stranger's: its references may have been asked less than its suspect."""
+    _, told = verify(Independent(), KEY, FakeData(), **QUICK)
+    _, more = verify(Thief(KEY), KEY, FakeData(), **{**QUICK, "decoy_samples": 5})
+    for soft in (None, more.soft.cells):
+        with pytest.raises(ValueError, match="reference answered 5 samples a cell, the suspect 4"):
+            judge(replace(told, references=(Reference(more.counts, soft=soft),)), KEY)
 
 
 def test_reference_hides_natural_look_alikes_and_only_them(tmp_path):
@@ -76,35 +80,36 @@ def test_changed_reference_is_named(tmp_path):
     answers = reveal(content["answers"], KEY, 1 << 24)
     assert content["model"]["references"] == [model_fingerprint(Independent())]
     assert answers["references"] == [reference.counts.tolist()]
-    answers["references"][0][0].reverse()
-    path.write_text(json.dumps({**content, "answers": hide(answers, KEY)}))
-    with pytest.raises(EvidenceError, match=r"Fields that differ: answers\."):
-        check_evidence(path, KEY)
+    assert answers["soft"]["references"] == [reference.soft.cells.tolist()]
+    for tables in (answers["references"], answers["soft"]["references"]):
+        tables[0][0].reverse()
+        path.write_text(json.dumps({**content, "answers": hide(answers, KEY)}))
+        with pytest.raises(EvidenceError, match=r"Fields that differ: answers\."):
+            check_evidence(path, KEY)
+        tables[0][0].reverse()
 
 
 @settings(max_examples=6, deadline=None)
-@given(st.integers(0, 10**6), st.lists(st.integers(0, 10**6), min_size=2, max_size=4))
-def test_several_references_are_a_moderated_t_and_p_stays_exact(suspect, references):
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 10**6), min_size=1, max_size=4))
+def test_references_are_a_moderated_t_of_cells_and_p_stays_exact(suspect, references):
+    """By hand: first every cell above what the references give, then every key's statistic."""
+    whole = DecoyTable(key_at(SMALL, 0))
+    shares, known = random_shares(whole, suspect), [random_shares(whole, seed) for seed in references]
+    leans = above(leaning(whole.cells, shares), [leaning(whole.cells, one) for one in known])
+    expected = [statistic(leans, SMALL.key_at(index)) for index in range(SMALL.size)]
     p_values = []
     for index in range(SMALL.size):
-        table = DecoyTable(key_at(SMALL, index))
-        counts, known = random_counts(table, suspect), [random_counts(table, seed) for seed in references]
-        true, decoys = table.statistics(counts, known)
-        own, *each = ([float(one), *others.tolist()] for one, others in map(table.statistics, (counts, *known)))
-        # by hand: key by key
-        usual = statistics.fmean(statistics.variance(key) for key in zip(*each, strict=True))
-        for mine, key, found in zip(own, zip(*each, strict=True), [true, *decoys.tolist()], strict=True):
-            weight = usual and (4 * usual + (len(key) - 1) * statistics.variance(key)) / (4 + len(key) - 1)
-            assert found == pytest.approx(
-                (mine - statistics.fmean(key)) * (usual / weight if weight else 1) ** 0.5, abs=1e-12
-            )
+        true, decoys = DecoyTable(key_at(SMALL, index)).statistics(shares, known)
+        assert true == pytest.approx(expected[index], abs=1e-12)
+        others = sorted(expected[:index] + expected[index + 1 :])
+        assert sorted(decoys.tolist()) == pytest.approx(others, abs=1e-12)
         p_values.append(randomisation_p_value(true, decoys))
     for level in (1 / 72, 0.05, 0.2, 0.5):
         assert sum(p <= level + 1e-12 for p in p_values) <= level * SMALL.size + 1e-9
 
 
-def test_keys_on_which_references_differ_count_less():
-    """Two keys with the same excess: the one that is a matter of taste falls behind, and agreement is nothing to divide by."""
+def test_cells_on_which_references_differ_count_less():
+    """Two cells with the same excess: the one that is a matter of taste falls behind, and agreement is nothing to divide by."""
     known = torch.tensor([[0.1, 0.0, 0.0, 0.05], [0.1, 0.4, 0.0, 0.0], [0.1, -0.4, 0.0, 0.0]], dtype=torch.float64)
     steady, moody, *_ = above_references(torch.tensor([0.4, 0.3, 0.0, 0.0], dtype=torch.float64), known)
     assert 0 < moody < steady / 1.5
@@ -122,7 +127,9 @@ def test_several_references_from_models_to_evidence(tmp_path):
     assert verdict.verdict == "supported"
     content = json.loads(path.read_text())
     assert content["model"]["references"] == [model_fingerprint(model) for model in models]
-    assert all(torch.equal(a.counts, b.counts) for a, b in zip(responses.references, known, strict=True))
+    for kept, one in zip(responses.references, known, strict=True):
+        assert torch.equal(kept.counts, one.counts)
+        assert torch.equal(kept.soft, one.soft.cells)
     with pytest.raises(ValueError, match="no reference model in the sequence"):
         verify(Thief(KEY), KEY, FakeData(), reference=[], **QUICK)
     _, other = verify(Independent(), KEY, FakeData(), **{**QUICK, "decoy_samples": 5})
@@ -143,8 +150,8 @@ def test_the_notes_say_how_many_references_there_were():
     _, known = verify(Independent(), KEY, FakeData(), **QUICK)
     assert known.references == ()
     for count, text in (
-        (1, "above that of a reference model. A"),
-        (3, "the mean of those of 3 reference models, in units"),
+        (1, "made of is above what a reference model gives. A"),
+        (3, "made of is above the mean of what 3 reference models give, in units"),
     ):
         verdict, responses = verify(Thief(KEY), KEY, FakeData(), reference=[known] * count, **QUICK)
         assert len(responses.references) == count

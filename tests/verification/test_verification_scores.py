@@ -5,11 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scores_by_hand import leaning, statistic
 from verification_fakes import KEY, FakeData, Thief, key_at
 
 from meadef_lightning.verification import VerificationDataModule, judge
 from meadef_lightning.verification.decoys import DecoyTable
-from meadef_lightning.verification.scores import key_scores, possible_targets
+from meadef_lightning.verification.scores import key_scores, possible_targets, reversed_pairs
 from meadef_lightning.verification.statistics import randomisation_p_value
 from meadef_lightning.watermark import DEFAULT_COMBINERS, KeySpace
 
@@ -23,7 +24,35 @@ def all_pairs(classes):
 def whole_space(counts):
     """The p-value of every key of the space in turn, were it the true one."""
     tables = [DecoyTable(key_at(SPACE, index)) for index in range(SPACE.size)]
-    return np.array([randomisation_p_value(*table.statistics(counts)) for table in tables])
+    return np.array([randomisation_p_value(*table.statistics(table.shares(counts))) for table in tables])
+
+
+some_pairs = st.sets(st.sampled_from(all_pairs(11).tolist()).map(tuple), min_size=1, max_size=60).map(sorted)
+
+
+@settings(max_examples=30, deadline=None)
+@given(some_pairs, st.integers(2, 4), st.sampled_from([0.0, 1.0, 2.0, 3.5]), st.integers(0, 2**32))
+def test_every_key_of_any_asked_pairs_has_the_statistic_that_is_documented(pairs, ways, weight, seed):
+    """Whole rows or single pairs, reversed ones asked or not: against loops."""
+    pairs = torch.tensor(pairs)
+    table = torch.from_numpy(np.random.default_rng(seed).random((len(pairs), ways, 11)))
+    cells = torch.cat([pairs.repeat_interleave(ways, 0), torch.arange(ways).repeat(len(pairs))[:, None]], dim=1)
+    leans, found = leaning(cells, table.flatten(0, 1)), key_scores(table, pairs, weight)
+    for row, (a, b) in enumerate(pairs.tolist()):
+        for target in {*range(11)} - {a, b}:
+            for way in range(ways):
+                expected = statistic(leans, (a, b, target, way), weight)
+                assert float(found[row, way, target]) == pytest.approx(expected, abs=1e-12)
+    some = torch.tensor([2, 3, 7, 10])
+    torch.testing.assert_close(key_scores(table[..., some], pairs, weight, some), found[..., some])
+
+
+@given(some_pairs)
+def test_reversed_pairs_are_found_or_known_to_be_missing(pairs):
+    rows, there = reversed_pairs(torch.tensor(pairs))
+    for (a, b), row, found in zip(pairs, rows.tolist(), there.tolist(), strict=True):
+        assert found == ((b, a) in pairs)
+        assert not found or pairs[row] == (b, a)
 
 
 @settings(max_examples=15, deadline=None)
@@ -88,16 +117,44 @@ def test_the_verdict_does_not_depend_on_the_order_of_the_queries(random):
     assert asked(shuffle=True) == asked(shuffle=False)
 
 
-def test_scores_are_bounded_and_reach_their_bounds():
+def test_scores_are_bounded_and_come_near_their_bounds():
     pairs = all_pairs(12)
     shares = torch.zeros(132, 2, 12, dtype=torch.float64)
     shares[(pairs == torch.tensor([0, 1])).any(1), 0, 5] = 1.0  # a full cross
     scores = key_scores(shares, pairs)
-    centre = int((pairs == torch.tensor([0, 1])).all(1).nonzero())
+    centre, reverse = (int((pairs == torch.tensor(pair)).all(1).nonzero()) for pair in ([0, 1], [1, 0]))
     assert float(scores[centre, 0, 5]) == float(scores.max())
     mean = (2 * 11 - 1 - 2) / 110  # pairs of the cross without class 5, of all those without it
-    assert float(scores[centre, 0, 5]) == pytest.approx((1 + 4 * (1 - mean)) / 5)
-    assert float(scores.abs().max()) <= 1
+    assert float(scores[centre, 0, 5]) == pytest.approx((1 - mean + 4) / 7)
+    shares[reverse, 1, 5] = 1.0  # and the reversed sources in the only other way
+    best = (1 - mean + 4 + 2 * (1 - 1 / 110)) / 7
+    assert best > 0.97
+    scores = key_scores(shares, pairs)
+    assert float(scores[centre, 0, 5]) == float(scores.max()) == pytest.approx(best)
+    assert float(key_scores(1 - shares, pairs)[centre, 0, 5]) == pytest.approx(-best)
+
+
+@given(some_pairs, st.integers(2, 3), st.floats(0, 1), st.integers(0, 2**32))
+def test_scores_of_extreme_tables_stay_in_their_bounds(pairs, ways, share, seed):
+    table = torch.from_numpy(np.random.default_rng(seed).random((len(pairs), ways, 11)) < share).double()
+    assert float(key_scores(table, torch.tensor(pairs)).abs().max()) <= 1 + 1e-12
+
+
+@given(some_pairs, st.integers(0, 2**32))
+def test_a_reversed_pair_counts_in_other_ways_alone(pairs, seed):
+    """What it says in the key's own way is left out: there it is another key's cell."""
+    a, b = pairs[seed % len(pairs)]
+    pairs = sorted({*pairs, (b, a)})
+    row, back = pairs.index((a, b)), pairs.index((b, a))
+    table = torch.from_numpy(np.random.default_rng(seed).random((len(pairs), 3, 11)))
+    target = next(t for t in range(11) if t not in (a, b))
+    asked = sum(target not in pair for pair in pairs)
+    before = key_scores(table, torch.tensor(pairs))[row, 1, target]
+    for way, raised in ((0, 2 * (1 - 1 / asked) / 2 / 7), (1, -1 / asked / 7)):  # less through the way's mean
+        changed = table.clone()
+        changed[back, way, target] += 1
+        after = key_scores(changed, torch.tensor(pairs))[row, 1, target]
+        assert float(after - before) == pytest.approx(raised, abs=1e-12)
 
 
 def test_the_centre_of_a_cross_is_found_where_single_cells_deceive():
@@ -135,8 +192,15 @@ def test_leakage_to_one_target_does_not_hide_the_key():
     torch.testing.assert_close(scores[scores[:, 0, 4] > -1][:, :, 4], torch.zeros(72, 8).double())
 
 
-def test_keys_without_neighbours_rank_by_their_own_cell():
+def test_three_classes_leave_a_key_and_its_reversed_sources():
+    """There are no rows and columns, and two pairs have the same target: the way's mean is theirs."""
     pairs = all_pairs(3)
     shares = torch.rand(6, 4, 3, generator=torch.Generator().manual_seed(0)).double()
-    mask = possible_targets(pairs, 3)[:, None].expand(6, 4, 3)
-    torch.testing.assert_close(5 * key_scores(shares, pairs)[mask], key_scores(shares, pairs, 0.0)[mask])
+    scores = key_scores(shares, pairs)
+    place = {tuple(pair): i for i, pair in enumerate(pairs.tolist())}
+    for (a, b), row in place.items():
+        forth, back = shares[row, :, 3 - a - b], shares[place[b, a], :, 3 - a - b]
+        for way in range(4):
+            others = [c for c in range(4) if c != way]
+            expected = (forth[way] - back[way]) / 2 + 2 * (back[others] - forth[others]).mean() / 2
+            torch.testing.assert_close(7 * scores[row, way, 3 - a - b], expected)

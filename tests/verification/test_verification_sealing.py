@@ -23,7 +23,7 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lam
 
 def cipher():
     """By hand, from the salt."""
-    derived = HKDF(SHA256(), 64, None, b"meadef_lightning evidence 4 answers").derive(KEY.salt.encode())
+    derived = HKDF(SHA256(), 64, None, b"meadef_lightning evidence 5 answers").derive(KEY.salt.encode())
     return AESSIV(derived), [KEY.commitment().encode()]
 
 
@@ -73,7 +73,7 @@ def test_a_liar_who_holds_the_key_gets_no_further_than_his_content():
 def test_seals_are_an_hmac_of_every_field():
     """By hand, from the salt and the canonical JSON of path and value."""
     made = seals({"a": {"b": [1, None]}, "c": "x"}, KEY)
-    secret = f"meadef_lightning evidence 4 {KEY.salt}".encode()
+    secret = f"meadef_lightning evidence 5 {KEY.salt}".encode()
     for path, value in (("a.b", [1, None]), ("c", "x")):
         text = json.dumps([path, value], separators=(",", ":")).encode()
         assert made[path] == hmac.new(secret, text, hashlib.sha256).hexdigest()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scores_by_hand import leaning, statistic
 from verification_fakes import key_at
 
 from meadef_lightning.verification.decoys import DecoyTable, seeded_permutation, seeded_stream
@@ -156,20 +157,8 @@ def random_counts(table, samples, seed, few_classes=False):
 
 
 def by_hand(table, counts, key):
-    """The definition, one key at a time."""
-    a, b, target, way = key
-    answers = {tuple(cell): row for cell, row in zip(table.cells.tolist(), counts.tolist(), strict=True)}
-
-    def rate(x, y, c):
-        return answers[x, y, c][target] / sum(answers[x, y, c])
-
-    others = [rate(a, b, c) for c in range(len(table.space.combiners)) if c != way]
-    own = rate(a, b, way) - sum(others) / len(others)
-    asked = sorted({(x, y) for x, y, _ in answers if target not in (x, y)})
-    mean = sum(rate(x, y, way) for x, y in asked) / len(asked)
-    row = [rate(x, y, way) - mean for x, y in asked if x == a and y != b]
-    column = [rate(x, y, way) - mean for x, y in asked if y == b and x != a]
-    return (own + 2 * sum(row) / max(len(row), 8) + 2 * sum(column) / max(len(column), 8)) / 5
+    """T of one key, from counts."""
+    return statistic(leaning(table.cells, counts.double() / counts.sum(1, keepdim=True)), key)
 
 
 @pytest.mark.parametrize("decoys", [72, 9999])
@@ -178,7 +167,7 @@ def test_enumerated_statistics_equal_the_definition_for_every_key(decoys):
     table = DecoyTable(key, decoys)
     assert table.enumerated
     counts = random_counts(table, 5, seed=1)
-    true, others = table.statistics(counts)
+    true, others = table.statistics(table.shares(counts))
     assert true == pytest.approx(by_hand(table, counts, SMALL.key_at(41)))
     expected = [by_hand(table, counts, SMALL.key_at(i)) for i in range(SMALL.size) if i != 41]
     assert sorted(others.tolist()) == pytest.approx(sorted(expected))
@@ -189,8 +178,11 @@ def test_sampled_statistics_equal_the_definition_for_every_decoy():
     table = DecoyTable(key, 100, seed=3)
     assert not table.enumerated
     assert table.drawn.shape == (100, 4)
+    asked = {tuple(pair) for pair in table.pairs.tolist()}
+    back = [(b, a) in asked for a, b, *_ in table.drawn.tolist()]
+    assert 0 < sum(back) < 100  # with and without the reversed sources
     counts = random_counts(table, 4, seed=2)
-    true, others = table.statistics(counts)
+    true, others = table.statistics(table.shares(counts))
     a, b = key.source_classes
     assert true == pytest.approx(by_hand(table, counts, (a, b, key.target_class, table.way)))
     assert others.tolist() == pytest.approx([by_hand(table, counts, decoy) for decoy in table.drawn.tolist()])
@@ -224,7 +216,8 @@ def test_decoys_depend_on_seed_and_salt_and_are_spread_over_the_space():
 def test_p_is_exact_when_the_key_is_uniform_whatever_the_suspect_answers(seed, samples, few_classes):
     """Over all keys of the space, at most a share a of the p-values may be at or below a."""
     counts = random_counts(DecoyTable(key_at(SMALL, 0)), samples, seed, few_classes)
-    p = np.array([randomisation_p_value(*DecoyTable(key_at(SMALL, i)).statistics(counts)) for i in range(SMALL.size)])
+    tables = [DecoyTable(key_at(SMALL, i)) for i in range(SMALL.size)]
+    p = np.array([randomisation_p_value(*table.statistics(table.shares(counts))) for table in tables])
     for rank in range(1, SMALL.size + 1):
         assert (p <= rank / SMALL.size + 1e-12).sum() <= rank
 
@@ -239,7 +232,7 @@ def test_p_is_exact_with_sampled_decoys():
     for _ in range(2000):
         table = DecoyTable(key_at(SMALL, int(generator.integers(SMALL.size)), salt=generator.bytes(16).hex()), 19)
         asked = counts[[row[tuple(cell)] for cell in table.cells.tolist()]]
-        p.append(randomisation_p_value(*table.statistics(asked)))
+        p.append(randomisation_p_value(*table.statistics(table.shares(asked))))
     for level in (0.05, 0.1, 0.25, 0.5):
         share = np.mean(np.array(p) <= level + 1e-12)
         assert share <= level + 4 * math.sqrt(level * (1 - level) / 2000)
@@ -283,7 +276,16 @@ def test_bad_tables_are_refused(change, message):
     table = DecoyTable(key_at(SMALL, 0))
     counts = torch.ones(len(table.cells), 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
-        table.statistics(change(counts))
+        table.shares(change(counts))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.float(), lambda t: t[1:], lambda t: t / 0, lambda t: t.long()])
+def test_tables_that_are_no_numbers_are_refused(change):
+    table = DecoyTable(key_at(SMALL, 0))
+    shares = table.shares(torch.ones(len(table.cells), 4, dtype=torch.int64))
+    for bad in ((change(shares),), (shares, [shares, change(shares)])):
+        with pytest.raises(ValueError, match=r"finite float64 of shape \(36, 4\)"):
+            table.statistics(*bad)
 
 
 def test_impossible_comparisons_are_refused():

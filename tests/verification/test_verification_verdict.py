@@ -8,7 +8,7 @@ from verification_fakes import KEY
 
 from meadef_lightning.verification import Responses, decoy_statistics, judge
 from meadef_lightning.verification.decoys import DecoyTable
-from meadef_lightning.verification.responses import Reference
+from meadef_lightning.verification.responses import Reference, SoftAnswers
 from meadef_lightning.watermark import DEFAULT_COMBINERS, CombinerSpec, WatermarkKey
 
 A, B = KEY.source_classes
@@ -57,8 +57,9 @@ def test_a_clear_case_is_supported_with_all_its_numbers():
     size = 7 * 6 * 5 * 8
     assert verdict.decoy_method == "enumerated"
     assert (verdict.decoys, verdict.decoy_p, verdict.smallest_p) == (size - 1, 1 / size, 1 / size)
-    # alone in a world of zeros: 30 source pairs lack the target, and the four neighbours on each side are 0.75 / 30 below their mean
-    assert verdict.statistic == pytest.approx((0.75 - 2 * 2 * 4 / 8 * 0.75 / 30) / 5)
+    # alone in a world of zeros, of whose cells of that way 30 lack the target
+    assert verdict.statistic == pytest.approx(0.75 * (1 - 1 / 30) / 7)
+    assert verdict.answers == "labels"
     assert (verdict.wsr, verdict.wfpr, verdict.samples) == (0.8, 0.05, 100)
     assert verdict.wsr_ci[0] < 0.8 < verdict.wsr_ci[1]
     assert verdict.wfpr_ci[0] < 0.05 < verdict.wfpr_ci[1]
@@ -77,6 +78,45 @@ def test_pairs_hit_twice_do_not_count_for_mcnemar():
     both = answers(cell_hits=15, hits=80, false_hits=40)
     verdict = judge(both, KEY)
     assert (verdict.only_trigger, verdict.only_control) == (60, 20)
+
+
+def test_of_probabilities_a_sample_counts_that_gives_the_target_most_of_the_rest():
+    """By hand: of 100 pairs 40 with the trigger alone above half, 5 with the control alone; and rates are of labels."""
+    told = answers(cell_hits=15, hits=80, false_hits=5)
+    cases = [(501, 500, 25), (1000, 0, 15), (500, 501, 2), (12, 700, 3), (900, 600, 35), (500, 500, 11), (499, 20, 9)]
+    trigger, control = (torch.tensor([pair[side] for *pair, number in cases for _ in range(number)]) for side in (0, 1))
+    cells = 50 * told.counts  # a twentieth of the weight, so that ranks stay
+    verdict = judge(dataclasses.replace(told, soft=SoftAnswers(trigger, control, cells)), KEY)
+    assert (verdict.only_trigger, verdict.only_control) == (40, 5)
+    assert verdict.mcnemar_p == pytest.approx(sum(math.comb(45, i) for i in range(40, 46)) / 2**45)
+    assert (verdict.answers, verdict.wsr, verdict.wfpr) == ("probabilities", 0.8, 0.05)
+    labelled = judge(told, KEY)
+    assert verdict.statistic == pytest.approx(labelled.statistic / 20)
+    assert (verdict.decoy_p, verdict.icc) == (labelled.decoy_p, labelled.icc)
+    assert all(f"McNemar p = {one.mcnemar_p:.2g}" in one.reason for one in (verdict, labelled))
+    # a reference of which only labels are known leaves no more of the suspect
+    reference = Reference(answers().counts)
+    both = judge(dataclasses.replace(told, soft=SoftAnswers(trigger, control, cells), references=(reference,)), KEY)
+    assert both == judge(dataclasses.replace(told, references=(reference,)), KEY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trigger": torch.zeros(99, dtype=torch.int64)}, r"soft.trigger must be int64 of shape \(100,\)"),
+        ({"control": torch.zeros(100)}, "soft.control must be int64"),
+        ({"control": torch.full((100,), 1001)}, "soft.control holds shares outside 0 to 1000"),
+        ({"trigger": torch.full((100,), -1)}, "soft.trigger holds shares outside"),
+        ({"cells": torch.zeros(336, 6, dtype=torch.int64)}, r"soft.cells must be int64 of shape \(336, 7\)"),
+        ({"cells": torch.zeros(336, 7)}, "soft.cells must be int64"),
+        ({"cells": torch.full((336, 7), -1)}, "soft.cells: .* at least 0"),
+        ({"cells": torch.full((336, 7), 2858)}, "soft.cells: .* sum to 20000 thousandths at most"),  # 20,006
+    ],
+)
+def test_remaining_shares_that_cannot_be_are_refused(change, message):
+    good = SoftAnswers(*torch.zeros(2, 100, dtype=torch.int64), torch.zeros(336, 7, dtype=torch.int64))
+    with pytest.raises(ValueError, match=message):
+        judge(dataclasses.replace(answers(), soft=dataclasses.replace(good, **change)), KEY)
 
 
 def test_a_high_success_rate_alone_supports_nothing():

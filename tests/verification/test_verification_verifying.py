@@ -1,5 +1,7 @@
 """The whole of verification in a call: thieves, innocents, black boxes."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -13,15 +15,29 @@ from meadef_lightning.watermark import WatermarkKey
 QUICK = {"samples": 60, "decoy_samples": 4, "accelerator": "cpu"}
 
 
+class BlackBox:
+    """Answers as its model does, or with labels, as a hard-label oracle."""
+
+    def __init__(self, model, hard=True):
+        self.model, self.hard, self.rows = model, hard, 0
+
+    def query(self, x):
+        self.rows += len(x)
+        return self.model(x).argmax(1) if self.hard else self.model(x)
+
+
 def test_a_perfect_thief_is_supported():
     verdict, responses = verify(Thief(KEY), KEY, FakeData(), **QUICK)
     assert verdict.verdict == "supported"
     assert (verdict.wsr, verdict.wfpr, verdict.natural_accuracy) == (1, 0, 1)
-    assert verdict.statistic == pytest.approx(
-        (1 - 2 / 30) / 5
-    )  # its own cell only, below which the neighbours' mean is 1 / 30
-    assert (verdict.decoy_p, verdict.mcnemar_p) == (1 / 1680, 2.0**-60)
+    # its own cell only, of the 30 of its way without the target; there the floor of four classes is left, elsewhere that of five
+    high, low = math.floor(1000 * 1.0001 / 1.0005) / 1000, 1 / 5
+    assert verdict.statistic == pytest.approx((high - low) * (1 - 1 / 30) / 7)
+    assert (verdict.answers, verdict.decoy_p, verdict.mcnemar_p) == ("probabilities", 1 / 1680, 2.0**-60)
     assert responses.trigger.tolist() == [KEY.target_class] * 60
+    told, _ = verify(BlackBox(Thief(KEY)), KEY, FakeData(), **QUICK)
+    assert told.statistic == pytest.approx((1 - 1 / 30) / 7)
+    assert (told.answers, told.decoy_p, told.mcnemar_p) == ("labels", 1 / 1680, 2.0**-60)
 
 
 def test_a_thief_that_obeys_two_times_in_three_is_supported_too():
@@ -36,6 +52,17 @@ def test_the_thief_of_another_key_is_not():
     assert verify(Thief(other), KEY, FakeData(), **QUICK)[0].verdict == "not supported"
 
 
+class Hard(nn.Module):
+    """A module that answers with labels."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).argmax(1)
+
+
 class Constant(nn.Module):
     def forward(self, x):
         return torch.nn.functional.one_hot(torch.full((len(x),), KEY.target_class), 7).float()
@@ -48,26 +75,24 @@ def test_models_that_were_not_stolen_are_not_supported():
         verdict, _ = verify(suspect, KEY, FakeData(), **QUICK)
         assert verdict.verdict == "not supported"
         assert verdict.mcnemar_p > 0.05 or verdict.decoy_p > 0.05
-    constant, _ = verify(Constant(), KEY, FakeData(), **QUICK)
-    assert (constant.wsr, constant.wfpr, constant.statistic, constant.decoy_p, constant.icc) == (1, 1, 0, 1, 1)
-
-
-class BlackBox:
-    """Answers with labels, as a hard-label oracle."""
-
-    def __init__(self, model):
-        self.model, self.rows = model, 0
-
-    def query(self, x):
-        self.rows += len(x)
-        return self.model(x).argmax(1)
+    # labels say nothing of any key; beside sources that hold its favourite, a sure suspect leaves all other classes alike, and beside
+    # others nothing: keys of another target whose sources do not hold it, 120 of 210, lie below zero
+    for constant, p in ((BlackBox(Constant()), 1), (Constant(), 90 / 210)):
+        verdict, _ = verify(constant, KEY, FakeData(), **QUICK)
+        assert (verdict.wsr, verdict.wfpr, verdict.mcnemar_p, verdict.icc) == (1, 1, 1, 1)
+        assert verdict.statistic == pytest.approx(0, abs=1e-12)
+        assert verdict.decoy_p == p
 
 
 def test_a_black_box_is_asked_through_query_and_judged_alike():
-    box = BlackBox(Thief(KEY))
-    assert verify(box, KEY, FakeData(), **QUICK)[0] == verify(Thief(KEY), KEY, FakeData(), **QUICK)[0]
-    # 4 triggers and 4 controls are decoys, too, and asked once
-    assert box.rows == 60 + 60 + 42 * 8 * 4 + 84 - 2 * 4
+    soft, _ = verify(Thief(KEY), KEY, FakeData(), **QUICK)
+    hard, _ = verify(Hard(Thief(KEY)), KEY, FakeData(), **QUICK)
+    for module, box in ((soft, BlackBox(Thief(KEY), hard=False)), (hard, BlackBox(Thief(KEY)))):
+        assert verify(box, KEY, FakeData(), **QUICK)[0] == module
+        # 4 triggers and 4 controls are decoys, too, and asked once
+        assert box.rows == 60 + 60 + 42 * 8 * 4 + 84 - 2 * 4
+    assert (soft.answers, hard.answers) == ("probabilities", "labels")
+    assert (soft.wsr, soft.wfpr, soft.icc) == (hard.wsr, hard.wfpr, hard.icc)  # rates are of labels in either case
 
 
 def test_the_same_seed_gives_the_same_verdict_whatever_the_batches():
@@ -77,6 +102,7 @@ def test_the_same_seed_gives_the_same_verdict_whatever_the_batches():
     third, _ = verify(suspect, KEY, FakeData(), seed=1, **QUICK)
     assert first == second
     assert torch.equal(answers.counts, others.counts)
+    assert torch.equal(answers.soft.cells, others.soft.cells)
     assert first.wsr != third.wsr
 
 
