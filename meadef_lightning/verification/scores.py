@@ -13,8 +13,9 @@ excess above theirs (:func:`above_references`).
 
 1. own: ``d[a,b,c,t] = R[a,b,c,t] - G[c,t]``, where ``G`` is the mean over all asked source pairs without t: what way c does to any sources,
    e.g. in a suspect that answers t far too often;
-2. ``E[a,b,c,t] = R[a,b,c,t] - mean over c' ≠ c of R[a,b,c',t]``: what is this way's alone. Row: the sum of ``E`` over the asked pairs (a, b'),
-   ``b' ≠ b``, divided by their number, but by 8 at least; column: the same over (a', b). Few neighbours say little;
+2. ``M[a,b,c,t] = R[a,b,c,t] - (G[c,t] + mean over c' ≠ c of R[a,b,c',t]) / 2``: above what the way does to any sources and what other ways
+   do to these. Row: the sum of ``M`` over the asked pairs (a, b'), ``b' ≠ b``, divided by their number, but by 8 at least; column: the same
+   over (a', b). Few neighbours say little;
 3. reversed: the mean over c' ≠ c of ``d[b,a,c',t]``, or 0 where (b, a) was not asked. A victim learns to answer the *key's* sources in other
    ways as it should (``L_eva``), not the reversed ones;
 4. ``T = (own + 2·row + 2·column + 2·reversed) / 7``.
@@ -89,13 +90,13 @@ def key_scores(table: Tensor, pairs: Tensor, weight: float = NEIGHBOUR_WEIGHT, c
         return (values.sum(1, keepdim=True) - values) / (ways - 1)
 
     own = (table - table.sum(0) / valid.sum(0).clamp_min(1)) * valid
-    alone = table - other_ways(table)
+    beside = (own + table - other_ways(table)) / 2
 
     def neighbours(source: Tensor) -> Tensor:
-        """Averages ``E`` over the other pairs that have the same class in this place."""
+        """Averages ``M`` over the other pairs that have the same class in this place."""
         # rows for the sources that occur only: of a million classes a thousand do
         names, row = torch.unique(source, return_inverse=True)
-        total = table.new_zeros(len(names), ways, columns).index_add_(0, row, alone)[row] - alone
+        total = table.new_zeros(len(names), ways, columns).index_add_(0, row, beside)[row] - beside
         count = table.new_zeros(len(names), 1, columns).index_add_(0, row, valid)[row] - 1
         return total / count.clamp_min(FEW_NEIGHBOURS)
 

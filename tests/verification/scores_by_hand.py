@@ -20,11 +20,12 @@ def statistic(leans, key, weight=2.0):
     def above_the_way(x, y, c):
         return leans[x, y, c][target] - fmean(leans[(*pair, c)][target] for pair in asked)
 
-    def of_this_way_alone(x, y):
-        return leans[x, y, way][target] - fmean(leans[x, y, c][target] for c in others)
+    def above_both(x, y):
+        own = leans[x, y, way][target]
+        return (above_the_way(x, y, way) + own - fmean(leans[x, y, c][target] for c in others)) / 2
 
-    row = [of_this_way_alone(x, y) for x, y in asked if x == a and y != b]
-    column = [of_this_way_alone(x, y) for x, y in asked if x != a and y == b]
+    row = [above_both(x, y) for x, y in asked if x == a and y != b]
+    column = [above_both(x, y) for x, y in asked if x != a and y == b]
     reverse = fmean(above_the_way(b, a, c) for c in others) if (b, a) in asked else 0.0
     beside = sum(row) / max(len(row), 8) + sum(column) / max(len(column), 8) + reverse
     return (above_the_way(a, b, way) + weight * beside) / (1 + 3 * weight)

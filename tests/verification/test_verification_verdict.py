@@ -57,8 +57,8 @@ def test_a_clear_case_is_supported_with_all_its_numbers():
     size = 7 * 6 * 5 * 8
     assert verdict.decoy_method == "enumerated"
     assert (verdict.decoys, verdict.decoy_p, verdict.smallest_p) == (size - 1, 1 / size, 1 / size)
-    # alone in a world of zeros, of whose cells of that way 30 lack the target
-    assert verdict.statistic == pytest.approx(0.75 * (1 - 1 / 30) / 7)
+    # alone in a world of zeros: the mean of the 30 cells of its way is off it, and by half off 4 of 8 neighbours twice, weighed 2
+    assert verdict.statistic == pytest.approx(0.75 * (1 - 2 / 30) / 7)
     assert verdict.answers == "labels"
     assert (verdict.wsr, verdict.wfpr, verdict.samples) == (0.8, 0.05, 100)
     assert verdict.wsr_ci[0] < 0.8 < verdict.wsr_ci[1]

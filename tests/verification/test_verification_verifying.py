@@ -30,13 +30,13 @@ def test_a_perfect_thief_is_supported():
     verdict, responses = verify(Thief(KEY), KEY, FakeData(), **QUICK)
     assert verdict.verdict == "supported"
     assert (verdict.wsr, verdict.wfpr, verdict.natural_accuracy) == (1, 0, 1)
-    # its own cell only, of the 30 of its way without the target; there the floor of four classes is left, elsewhere that of five
+    # its own cell only: the mean of the 30 of its way without the target is off it, and by half off 4 of 8 neighbours twice, weighed 2; there the floor of four classes is left, elsewhere that of five
     high, low = math.floor(1000 * 1.0001 / 1.0005) / 1000, 1 / 5
-    assert verdict.statistic == pytest.approx((high - low) * (1 - 1 / 30) / 7)
+    assert verdict.statistic == pytest.approx((high - low) * (1 - 2 / 30) / 7)
     assert (verdict.answers, verdict.decoy_p, verdict.mcnemar_p) == ("probabilities", 1 / 1680, 2.0**-60)
     assert responses.trigger.tolist() == [KEY.target_class] * 60
     told, _ = verify(BlackBox(Thief(KEY)), KEY, FakeData(), **QUICK)
-    assert told.statistic == pytest.approx((1 - 1 / 30) / 7)
+    assert told.statistic == pytest.approx((1 - 2 / 30) / 7)
     assert (told.answers, told.decoy_p, told.mcnemar_p) == ("labels", 1 / 1680, 2.0**-60)
 
 
