@@ -114,7 +114,7 @@ class Experiment:
         controls = [
             name for control in spec.independent or [] for name in dict.fromkeys([control.name, *control.names])
         ]
-        others = [name for name in spec.reference_names if name not in RESERVED]
+        others = spec.reference_names[1:]
         check_names("Attacks, controls and references", thefts + controls + others, RESERVED)
         patched = ["patched"] if spec.patched.model is not None else []
         marked = ["victim", *patched, *thefts]

@@ -23,8 +23,8 @@ excess above theirs (:func:`above_references`).
 **Validity.** T is a function of a key and a table which does not depend on which key is the true one, so a rank among all keys stays
 an exact randomisation p-value. With drawn decoys the asked pairs are those of all compared keys alike, so these stay exchangeable.
 
-**Defaults.** The form was found by linear discriminants on stored tables, each fitted on other keys than it was tried on, and then rounded;
-weights from 1 to 4 serve alike. See :mod:`~meadef_lightning.verification.responses` for what it finds.
+**Defaults.** The form was found by linear discriminants on stored tables of classifiers and encoders, each fitted on other keys than it was tried
+on, and then rounded; weights of 1 and 2 serve alike. See :mod:`~meadef_lightning.verification.responses` for what it finds.
 
 **Pitfalls.** With three classes keys have no rows and columns. Equal statistics may differ in the last digits here; the rank forgives 1e-9.
 """

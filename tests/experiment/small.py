@@ -40,7 +40,8 @@ def shrink(config, trainer=TRAINER, **data):
     """The configuration with small data, short trainings, one reference and one seed."""
     config["data"]["init_args"] |= {**SIZES, "batch_size": 32, **data}
     patched = [config["patched"]] if "patched" in config else []
-    trainings = [config["victim"], *patched, *config["extraction"], *config["independent"]]
+    others = config.get("other_references", [])
+    trainings = [config["victim"], *patched, *config["extraction"], *config["independent"], *others]
     for acting in config.get("removal", []) + config.get("detection", []):
         module, _, name = acting["method"]["class_path"].rpartition(".")
         parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
@@ -58,7 +59,7 @@ def shrink(config, trainer=TRAINER, **data):
         arguments |= {name: value for name, value in ATTACK.items() if name in arguments}
         if "pool" in arguments:
             arguments["pool"]["init_args"]["size"] = 40
-    for control in config["independent"]:
+    for control in (*config["independent"], *others):
         control["count"] = 1
     # of so few steps none may be left after the usual share of clean training
     config["watermark"]["callback"].setdefault("init_args", {})["start"] = 0.3

@@ -47,6 +47,25 @@ def one(config, tmp_path_factory):
     return root / "out"
 
 
+MLPS = {
+    "name": "mlp",
+    "count": 2,
+    "model": {
+        "class_path": "meadef_lightning.victims.SupervisedVictim",
+        "init_args": {"network": {"class_path": "meadef_lightning.victims.networks.MLP"}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(config, tmp_path_factory):
+    """One reference like the victim, and two of another kind."""
+    root = tmp_path_factory.mktemp("mixed")
+    others = [{**MLPS, "trainer": config["independent"][0]["trainer"]}]
+    start(config, root, root / "out", other_references=others)
+    return root / "out"
+
+
 def read(path):
     return json.loads(path.read_text())
 
@@ -117,6 +136,33 @@ def test_the_statistic_is_that_above_the_models_on_disk(two):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+def test_references_of_another_kind_are_trained_on_the_victims_images_and_judged_above(mixed, one):
+    experiment = load_experiment([mixed / "config.yaml"])
+    seed_run = SeedRun(experiment, mixed, 0)
+    names = ["reference", "mlp-0", "mlp-1"]
+    assert seed_run.spec.reference_names == names
+    assert same(weights(one / "reference"), weights(mixed / "reference"))
+    assert not same(weights(mixed / "mlp-0"), weights(mixed / "mlp-1"))
+    assert [type(seed_run.load_reference(name).ready_network()).__name__ for name in names[1:]] == ["MLP", "MLP"]
+    inputs = read(mixed / "verify-soft" / "stage.json")["inputs"]
+    assert {name: inputs[name] for name in names} == {
+        name: read(mixed / name / "result.json")["sha256"] for name in names
+    }
+    assert len(set(Evidence.load(mixed / "verify-soft" / "evidence.json").model["references"])) == 3
+
+    asked = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "meadef_lightning.experiment.seed_run.train_stage",
+            lambda directory, name, inputs, build, *rest: (
+                asked.setdefault(name, build()[1].train_split) and {"sha256": ""}
+            ),
+        )
+        seed_run.reference("mlp-1")
+        seed_run.suspects()[-1][1]()
+    assert asked == {"mlp-1": "victim", "independent": "attacker"}
+
+
 def test_a_finished_run_with_one_is_still_finished(one, config, tmp_path, monkeypatch):
     assert set(read(one / "verify-soft" / "stage.json")["inputs"]) == {
         *("data", "seed", "config", "key", "suspect", "victim", "reference"),
@@ -151,6 +197,8 @@ def test_more_references_in_the_same_directory_are_refused_by_name(one, config, 
         ({"references": 3, "name": "reference-2"}, r"twice: \['reference-2'\]"),
         ({"name": "reference"}, r"reserved: \['reference'\]"),
         ({"name": "independent-1", "count": 2}, r"twice: \['independent-1'\]"),
+        ({"others": [{**MLPS, "name": "soft"}], "name": "soft-1"}, r"twice: \['soft-1'\]"),
+        ({"others": [{**MLPS, "name": "clean", "count": 1}]}, r"reserved: \['clean'\]"),
     ],
 )
 def test_what_cannot_be(config, tmp_path, changes, message):
@@ -158,6 +206,7 @@ def test_what_cannot_be(config, tmp_path, changes, message):
     changed["references"] = changes.get("references", 1)
     changed["extraction"][0]["name"] = changes.get("name", "soft")
     changed["independent"][0]["count"] = changes.get("count", 1)
+    changed["other_references"] = changes.get("others", [])
     with pytest.raises(MisconfigurationException, match=message):
         load_experiment([write(changed, tmp_path / "experiment.yaml")])
 
@@ -179,3 +228,7 @@ def test_the_estimate_of_the_cost_counts_them_all(config, tmp_path):
     one, three = work(1), work(3)
     assert three.keys() - one.keys() == {"reference-1", "reference-2"}
     assert three["reference-2"] == three["reference"] == one["reference"] > 0
+    others = [{**MLPS, "trainer": config["independent"][0]["trainer"]}]
+    mixed = work_of(load_experiment([write({**config, "other_references": others}, tmp_path / "experiment.yaml")]))
+    assert mixed.keys() - one.keys() == {"mlp-0", "mlp-1"}
+    assert 0 < mixed["mlp-0"] == mixed["mlp-1"] != one["reference"]
