@@ -11,6 +11,9 @@ of a sure suspect) is that number.
 
 **Labels.** A suspect that answers classes only is judged by the shares of its answers; there is no rest. So is one with three classes, where a
 single one is left beside two sources.
+
+**Pitfalls.** A thief who scrambles what his service leaves beside the best class takes this away, and only this: wrap his model so that it answers with
+its best class, and it is judged by labels. Decide before it is asked.
 """
 
 from __future__ import annotations
