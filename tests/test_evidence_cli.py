@@ -204,7 +204,7 @@ def test_a_reference_may_be_given_again_and_again(key, folder, capsys):
         capsys.readouterr()
         main([*again, *given])
         text = capsys.readouterr().out
-        assert "the mean of those of 2 reference models" in text
+        assert "the mean of what 2 reference models give" in text
         assert ("is above reference models. Asking again without --reference" in text) == told
 
 

@@ -215,7 +215,7 @@ class Study:
     def rows(self) -> list[Row]:
         """Marks, steals and measures everything that is not on disk yet."""
         self.run.victim("reference")
-        reference = encoder_of(self.run.load_victim("reference"))
+        reference = encoder_of(self.run.load_reference("reference"))
         x, y = self.run.data.tensors("test")
         found = []
         for marked in (self.ours(), self.patch(), self.sslguard()):

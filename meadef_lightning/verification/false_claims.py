@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from meadef_lightning.verification.answers import AnswerTable, every_decoy_p, every_mcnemar_p
+from meadef_lightning.verification.scores import possible_targets
 from meadef_lightning.verification.statistics import clopper_pearson_upper
 from meadef_lightning.verification.verdict import Verdict, judge
 from meadef_lightning.watermark.key import WatermarkKey
@@ -129,7 +130,9 @@ def pick_key(scores: Tensor, table: AnswerTable) -> WatermarkKey:
         table: Answers to that space's questions.
     """
     _, ways, classes = scores.shape
-    best = int(scores.argmin())
+    # of models without any lean all keys are alike, and places that are no key must not be the first of them
+    no_key = ~possible_targets(table.pairs, classes)[:, None, :].expand_as(scores)
+    best = int(scores.masked_fill(no_key, torch.inf).argmin())
     pair, way, target = best // (ways * classes), best // classes % ways, best % classes
     a, b = table.pairs[pair].tolist()
     combiners = table.space.combiners

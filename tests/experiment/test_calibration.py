@@ -102,7 +102,7 @@ def test_a_small_study_resumes_and_grows(small, data, tmp_path, monkeypatch):
     assert (test["own"]["trials"], test["shared"]["trials"]) == (3, 6)
     assert test["every"]["largest_rate_of_a_model"] <= 0.001
     listed = list(csv.DictReader((out / "calibration.csv").read_text().splitlines()))
-    assert len(listed) == 3 * 3 * (1 + 2) + 3
+    assert len(listed) == 4 * 3 * (1 + 2) + 3
     assert sum(row["verdict"] == "supported" for row in listed if row["test"] == "all keys") == (
         test["own"]["supported"] + test["shared"]["supported"]
     )

@@ -27,6 +27,10 @@ def nearest(x, permute=0):
     return -torch.cdist(x.flatten(1), means.flatten(1)).roll(permute, 1)
 
 
+def nearest_class(x):
+    return nearest(x).argmax(1)
+
+
 def renumbered(x):
     return nearest(x, 3).argmax(1).tolist()
 
@@ -163,7 +167,10 @@ def test_any_callable_is_a_suspect():
     forms = [nearest, lambda x: nearest(x).numpy(), lambda x: nearest(x).tolist(), lambda x: nearest(x).argmax(1)]
     found = [judge_model(CallableSuspect(form), KEY, DATA, **options)[0].to_dict() for form in forms]
     assert found[0]["natural_accuracy"] > 0.8
-    assert found[1:] == found[:1] * 3
+    assert found[1:3] == found[:1] * 2
+    assert [one["answers"] for one in found] == ["probabilities"] * 3 + ["labels"]
+    rates = ("wsr", "wfpr", "natural_accuracy", "samples")
+    assert [found[3][name] for name in rates] == [found[0][name] for name in rates]
     with pytest.raises(TypeError, match="must be callable"):
         CallableSuspect(3)
     with pytest.raises(ValueError, match="makes no tensor"):
@@ -179,7 +186,7 @@ def test_a_python_function_with_other_labels_from_the_command_line(tmp_path, key
     labels = json.loads((tmp_path / "verdict" / "labels.json").read_text())
     assert labels["kind"] == "permutation"
     assert labels["classes"] == [[(k - 3) % 10] for k in range(10)]
-    assert verify(tmp_path, key_file, f"python:{__name__}:nearest", "--trust_code") == aligned
+    assert verify(tmp_path, key_file, f"python:{__name__}:nearest_class", "--trust_code") == aligned
     assert not (tmp_path / "verdict" / "labels.json").exists()  # this suspect's labels were not translated
 
 

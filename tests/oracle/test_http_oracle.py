@@ -38,7 +38,7 @@ from meadef_lightning.oracle.wire import message_bytes, pack, unpack
 from meadef_lightning.verification import verify
 
 sys.path.append(str(Path(__file__).parents[1] / "verification"))
-from verification_fakes import KEY, FakeData, Thief
+from verification_fakes import KEY, BlackBox, FakeData, Thief
 
 
 def client(url, **options):
@@ -206,11 +206,12 @@ def test_theft_through_a_served_oracle_ends_in_the_same_weights(policy, tmp_path
     assert oracle.ledger.totals() == QueryLedger(tmp_path / "tester.sqlite").totals() == Totals(200, 200)
 
 
-def test_verdict_on_a_served_suspect_is_the_suspects(tmp_path):
+@pytest.mark.parametrize(("policy", "suspect"), [(Soft(), Thief(KEY)), (HardLabel(), BlackBox(Thief(KEY)))])
+def test_verdict_on_a_served_suspect_is_the_suspects(policy, suspect, tmp_path):
     settings = {"samples": 60, "decoys": 99, "decoy_samples": 3, "seed": 1, "accelerator": "cpu", "alpha": 0.05}
-    expected, _ = verify(Thief(KEY), KEY, FakeData(), **settings)
+    expected, _ = verify(suspect, KEY, FakeData(), **settings)
     assert expected.verdict == "supported"
-    with serving(Thief(KEY), HardLabel(), directory=tmp_path, image_shape=(1, 8, 8), num_classes=7) as url:
+    with serving(Thief(KEY), policy, directory=tmp_path, image_shape=(1, 8, 8), num_classes=7) as url:
         verdict, _ = verify(
             client(url, batch_size=128), KEY, FakeData(), evidence_path=tmp_path / "evidence.json", **settings
         )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from verification_fakes import KEY, FakeData, Independent, Thief
+from verification_fakes import KEY, BlackBox, FakeData, Independent, Thief
 
 from meadef_lightning.verification import (
     verify,
@@ -13,17 +13,6 @@ from meadef_lightning.verification import (
 from meadef_lightning.watermark import WatermarkKey
 
 QUICK = {"samples": 60, "decoy_samples": 4, "accelerator": "cpu"}
-
-
-class BlackBox:
-    """Answers as its model does, or with labels, as a hard-label oracle."""
-
-    def __init__(self, model, hard=True):
-        self.model, self.hard, self.rows = model, hard, 0
-
-    def query(self, x):
-        self.rows += len(x)
-        return self.model(x).argmax(1) if self.hard else self.model(x)
 
 
 def test_a_perfect_thief_is_supported():

@@ -85,3 +85,14 @@ def key_at(space: KeySpace, index: int, salt: str = "5" * 32, seed: int = 0) -> 
 
 
 KEY = WatermarkKey.draw(7, "an owner secret")
+
+
+class BlackBox:
+    """Answers as its model does, or with labels, as a hard-label oracle."""
+
+    def __init__(self, model, hard=True):
+        self.model, self.hard, self.rows = model, hard, 0
+
+    def query(self, x):
+        self.rows += len(x)
+        return self.model(x).argmax(1) if self.hard else self.model(x)
