@@ -206,12 +206,19 @@ def test_theft_through_a_served_oracle_ends_in_the_same_weights(policy, tmp_path
     assert oracle.ledger.totals() == QueryLedger(tmp_path / "tester.sqlite").totals() == Totals(200, 200)
 
 
-@pytest.mark.parametrize(("policy", "suspect"), [(Soft(), Thief(KEY)), (HardLabel(), BlackBox(Thief(KEY)))])
+class Sure(Thief):
+    """With logits that are no probabilities."""
+
+    def forward(self, x):
+        return 9 * super().forward(x)
+
+
+@pytest.mark.parametrize(("policy", "suspect"), [(Soft(), Sure(KEY)), (HardLabel(), BlackBox(Sure(KEY)))])
 def test_verdict_on_a_served_suspect_is_the_suspects(policy, suspect, tmp_path):
     settings = {"samples": 60, "decoys": 99, "decoy_samples": 3, "seed": 1, "accelerator": "cpu", "alpha": 0.05}
     expected, _ = verify(suspect, KEY, FakeData(), **settings)
     assert expected.verdict == "supported"
-    with serving(Thief(KEY), policy, directory=tmp_path, image_shape=(1, 8, 8), num_classes=7) as url:
+    with serving(Sure(KEY), policy, directory=tmp_path, image_shape=(1, 8, 8), num_classes=7) as url:
         verdict, _ = verify(
             client(url, batch_size=128), KEY, FakeData(), evidence_path=tmp_path / "evidence.json", **settings
         )
