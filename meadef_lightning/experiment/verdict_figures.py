@@ -117,7 +117,7 @@ def decoy_distribution(
     p_value: float,
     alpha: float,
     title: str = "The true key among decoy keys",
-    xlabel: str = "test statistic (watermark success minus control)",
+    xlabel: str = "test statistic (how far composites lean to the target)",
 ) -> Figure:
     """Draws the decoy keys' statistics as a histogram with the true key marked.
 
