@@ -137,11 +137,11 @@ class AnswerTable:
                 return None
             return table.soft[rows, :, :decoy_samples].sum(2, dtype=torch.int64).flatten(0, 1)[:, plan.targets]
 
-        shares, controls, summed = self.soft, self.soft_controls(), soft_cells(self)
-        soft = None
-        if shares is not None and controls is not None and summed is not None:
-            place = own, plan.way, slice(None), key.target_class
-            soft = SoftAnswers(shares[place].long(), controls[place].long(), summed)
+        soft, summed = None, soft_cells(self)
+        if self.soft is not None and summed is not None:
+            shares = self.soft[own, ..., key.target_class].long()  # of this key's sources, in all ways
+            control = shares.gather(0, self._control_ways()[plan.way][None])[0]
+            soft = SoftAnswers(shares[plan.way], control, summed)
         return Responses(
             trigger=self.answers[own, plan.way].long(),
             control=self.controls()[own, plan.way].long(),

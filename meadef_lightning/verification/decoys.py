@@ -59,7 +59,8 @@ class DecoyTable:
 
     **Memory.** A table of answers has (source pairs) · ways · classes entries, which drawn decoys bound: a decoy adds a pair at most.
     Beyond ``MANY_CLASSES`` classes it has no column for a class that no compared key has as its target, which no statistic looks
-    at; all these share one last column. So 999 decoys take 64 MB at most, for a thousand classes as for a million.
+    at; all these share one last column. So a table of
+    999 decoys takes 64 MB at most, for a thousand classes as for a million; there is one for the suspect and one for each reference.
 
     Args:
         key: The true key.
@@ -176,6 +177,17 @@ class DecoyTable:
         return torch.cat(
             [self.pairs.repeat_interleave(ways, 0), torch.arange(ways).repeat(len(self.pairs))[:, None]], dim=1
         )
+
+    def samples(self, counts: Tensor) -> int:
+        """Checks a table of counts, and returns the number of answers in each cell.
+
+        Args:
+            counts: As in :meth:`shares`.
+
+        Raises:
+            ValueError: If the table has another form, or its cells do not hold equally many answers.
+        """
+        return self._table(counts)[1]
 
     def _table(self, counts: Tensor) -> tuple[Tensor, int]:
         """Checks the counts and returns them as ``(pairs, ways, width)``, and the answers in each cell."""

@@ -118,20 +118,19 @@ class Responses:
         Raises:
             ValueError: If a table has another form, or a reference answered another number of samples.
         """
-        shares = plan.shares(self.counts), [plan.shares(known.counts) for known in self.references]
-        samples = int(self.counts[0].sum())
+        samples = plan.samples(self.counts)
         for known in self.references:
-            if (asked := int(known.counts[0].sum())) != samples:
+            if (asked := plan.samples(known.counts)) != samples:
                 raise ValueError(
                     f"A reference answered {asked} samples a cell, the suspect {samples}; ask both the same."
                 )
         if not self.by_probabilities or self.soft is None:
-            return shares
-        whole = UNIT * samples
+            return plan.shares(self.counts), [plan.shares(known.counts) for known in self.references]
+        whole, shape = UNIT * samples, (len(self.counts), len(plan.targets))
 
         def table(sums: Tensor | None, name: str) -> Tensor:
-            if sums is None or sums.shape != shares[0].shape or sums.dtype != torch.int64:
-                raise ValueError(f"{name} must be int64 of shape {tuple(shares[0].shape)} (cells, classes).")
+            if sums is None or tuple(sums.shape) != shape or sums.dtype != torch.int64:
+                raise ValueError(f"{name} must be int64 of shape {shape} (cells, classes).")
             if bool((sums < 0).any()) or bool((sums.sum(1) > whole).any()):
                 raise ValueError(
                     f"{name}: the remaining shares of a cell must be at least 0 and sum to {whole} thousandths at most."

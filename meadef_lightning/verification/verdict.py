@@ -137,8 +137,8 @@ def judge(
     *Supported* needs both tests at ``alpha``: the decoy-key randomisation test (does the suspect prefer this key to keys that
     were never embedded?) and McNemar's test against matched controls (does it prefer the key's way of combining to other ways
     of combining the same sources?). Probabilities say more than labels, and are looked at where the suspect and all references give
-    them: then a sample counts as answered with the target that takes more than half of what is left beside the sources. Under independence the first alone holds the level; demanding both can only lower the rate
-    of false claims. *Inconclusive* is what leans that way (both at 0.01), could not have reached ``alpha`` at all, or was not drawn.
+    them: then a sample counts as answered with the target that takes more than half of what is left beside the sources. Under
+    independence the first alone holds the level; demanding both can only lower the rate of false claims. *Inconclusive* is what leans that way (both at 0.01), could not have reached ``alpha`` at all, or was not drawn.
 
     Args:
         responses: The suspect's answers.
