@@ -135,7 +135,7 @@ def ring_buffers(num_classes: int, size: int, encoder: bool = False, steps: int 
         batch_size: Images in a batch, as many of each class that is collected.
     """
     key = WatermarkKey.draw(num_classes, _SECRET)
-    objective = FeatureObjective(key) if encoder else WatermarkObjective(key, tilt=0.6)
+    objective = FeatureObjective(key) if encoder else WatermarkObjective(key, tilt=0.5)
     network = TinyNetwork(64 if encoder else num_classes)
     labels = torch.tensor(objective.pool.classes)
     for _ in range(steps):

@@ -65,7 +65,7 @@ class Fixed(Balancing):
         eva: Weight of the evasion loss.
     """
 
-    def __init__(self, ver: float = 0.3, com: float = 0.0, eva: float = 0.1) -> None:
+    def __init__(self, ver: float = 0.2, com: float = 0.0, eva: float = 0.1) -> None:
         super().__init__(ver, com, eva)
 
     def forward(self, task_loss: Tensor, terms: Terms, module: nn.Module) -> Tensor:

@@ -51,6 +51,7 @@ class FeatureWatermarkCallback(WatermarkCallback):
         batchnorm: What BatchNorm layers do once embedding has started.
         tilt: How far features of natural samples of the source classes may lean towards the target, in ``[0, 1)``: those most that teach a
             thief's network about the watermark (:mod:`meadef_lightning.watermark.tilt`).
+        tilt_from: Share of each source class's samples, those of least influence, whose features are left alone, in ``[0, 0.99)``.
         buffer_size: Samples kept per class.
         pool: The owner's own samples of both source classes, the target class and preferably some others, for training without labels.
         input_key: Where a batch keeps its samples, or a path of such keys: ``["views", 0]``.
@@ -81,6 +82,7 @@ class FeatureWatermarkCallback(WatermarkCallback):
         detach_sources: bool = True,
         batchnorm: BatchNormMode = "frozen",
         tilt: float = 0.6,
+        tilt_from: float = 0.5,
         buffer_size: int = 128,
         pool: SourcePool | None = None,
         input_key: Key | Sequence[int | str] = 0,
@@ -105,6 +107,7 @@ class FeatureWatermarkCallback(WatermarkCallback):
             detach_sources,
             batchnorm,
             tilt,
+            tilt_from,
             buffer_size,
             pool,
             self._path[0],

@@ -106,6 +106,7 @@ class FeatureObjective(WatermarkObjective):
         batchnorm: As in :class:`~meadef_lightning.watermark.objective.WatermarkObjective`.
         tilt: How far, at most, features of a natural sample of a source class come to lie towards the target, in ``[0, 1)``: the label that
             the target gets in :func:`~meadef_lightning.watermark.features.leaning_loss`. 0 leaves natural features as they are.
+        tilt_from: Share of each source class's samples, those of least influence, whose features are left alone, in ``[0, 0.99)``.
         buffer_size: Samples kept per class.
         pool: The owner's own samples of the two source classes, the target class and preferably some others; batches are then not
             looked at.
@@ -123,6 +124,7 @@ class FeatureObjective(WatermarkObjective):
         detach_sources: bool = True,
         batchnorm: BatchNormMode = "running",
         tilt: float = 0.6,
+        tilt_from: float = 0.5,
         buffer_size: int = 128,
         pool: SourcePool | None = None,
         rank: int = 0,
@@ -144,6 +146,7 @@ class FeatureObjective(WatermarkObjective):
             detach_sources,
             batchnorm,
             tilt,
+            tilt_from,
             rank=rank,
         )
         self.per_class = per_class

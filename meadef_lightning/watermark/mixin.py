@@ -23,7 +23,7 @@ class WatermarkLossMixin(LightningModule):
     beside it, or the watermark is embedded twice. The key is a secret: keep it out of ``save_hyperparameters``, which writes into
     checkpoints and loggers.
 
-    The callback's defaults are not all the mixin's, which has no schedule: give ``tilt=0.6`` for the recommended recipe, and once the model
+    The callback's defaults are not all the mixin's, which has no schedule: give ``tilt=0.5`` for the recommended recipe, and once the model
     is trained keep BatchNorm as it is during the whole step (``with frozen_batchnorm(self):`` around both forwards, from
     :mod:`meadef_lightning.watermark.batchnorm`).
 

@@ -21,7 +21,7 @@ from meadef_lightning.watermark.combinations import combine_in_turn
 from meadef_lightning.watermark.key import WatermarkKey
 from meadef_lightning.watermark.losses import combination_loss, evasion_loss, verification_loss
 from meadef_lightning.watermark.pool import SourcePool, other_classes
-from meadef_lightning.watermark.tilt import evaluating, influence, penultimate_features, target_mass, tilt_loss
+from meadef_lightning.watermark.tilt import FULL, evaluating, influence, penultimate_features, target_mass, tilt_loss
 
 REFRESH = 50
 """Watermarked steps after which the tilt is measured anew: often enough for features that move, and 2 % of a step's time."""
@@ -47,6 +47,7 @@ class WatermarkObjective:
             (:func:`~meadef_lightning.watermark.batchnorm.frozen_batchnorm` around the step), which the callback does.
         tilt: Most probability that a natural sample of a source class gives to the target, in ``[0, 1)``; 0 leaves natural answers as
             they are. See :mod:`meadef_lightning.watermark.tilt`.
+        tilt_from: Share of each source class's samples, those of least influence, that are left as they are, in ``[0, 0.99)``.
         buffer_size: Source samples kept per class.
         pool: The owner's own source samples; batches are then not looked at.
         rank: Added to the key's seed, so that processes draw different samples.
@@ -61,6 +62,7 @@ class WatermarkObjective:
         detach_sources: bool = True,
         batchnorm: BatchNormMode = "running",
         tilt: float = 0.0,
+        tilt_from: float = 0.5,
         buffer_size: int = 128,
         pool: SourcePool | None = None,
         rank: int = 0,
@@ -73,6 +75,10 @@ class WatermarkObjective:
             raise ValueError(f"temperature={temperature} must be positive.")
         if not 0 <= tilt < 1:
             raise ValueError(f"tilt={tilt} is a probability and must lie in [0, 1).")
+        if not 0 <= tilt_from < FULL:
+            raise ValueError(
+                f"tilt_from={tilt_from} is the share of samples that are not tilted and must lie in [0, {FULL})."
+            )
         if pool is not None and set(pool.classes) != set(key.source_classes):
             raise ValueError("The given pool does not hold exactly the key's two source classes.")
         self.key = key
@@ -80,7 +86,7 @@ class WatermarkObjective:
         self.balancing = Fixed() if balancing is None else deepcopy(balancing)  # its state belongs to this training
         self.temperature, self.detach_sources, self.batchnorm = temperature, detach_sources, batchnorm
         self.pool = SourcePool(key.source_classes, buffer_size) if pool is None else pool
-        self.tilt = tilt
+        self.tilt, self.tilt_from = tilt, tilt_from
         self.steps = 0
         self._combiner = key.combiner.build()
         self._others = [spec.build() for spec in key.control_combiners()]
@@ -169,7 +175,7 @@ class WatermarkObjective:
         scores = influence(
             torch.cat(features[:2]), features[2], torch.cat(features[3:]) if self._others else features[2][:0]
         )
-        mass = torch.cat([target_mass(part, self.tilt) for part in scores.chunk(2)])
+        mass = torch.cat([target_mass(part, self.tilt, self.tilt_from) for part in scores.chunk(2)])
         labels = torch.tensor(self.key.source_classes, device=a.device).repeat_interleave(len(a))
         self._tilted = {"x": torch.cat([a, b]), "mass": mass, "labels": labels}
 

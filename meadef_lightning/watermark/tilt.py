@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from meadef_lightning.last_linear import last_linear_run
 from meadef_lightning.modes import evaluation_mode
 
-LOW, HIGH = 0.5, 0.99
-"""Quantiles of a class's influence at which tilting begins, and at which it is full."""
+FULL = 0.99
+"""Quantile of a class's influence at which tilting is full."""
 
 
 def influence(natural: Tensor, watermark: Tensor, others: Tensor, ridge: float = 0.1, contrast: float = 0.5) -> Tensor:
@@ -56,17 +56,18 @@ def influence(natural: Tensor, watermark: Tensor, others: Tensor, ridge: float =
     return scores
 
 
-def target_mass(scores: Tensor, maximum: float) -> Tensor:
-    """Turns one class's scores into probabilities for the target: 0 up to the median, then rising to ``maximum``.
+def target_mass(scores: Tensor, maximum: float, begin: float = 0.5) -> Tensor:
+    """Turns one class's scores into probabilities for the target: 0 up to a quantile, then rising to ``maximum``.
 
     Args:
         scores: Influence of the class's samples, ``(N,)``.
         maximum: Probability at the 99th percentile and above, in ``[0, 1]``.
+        begin: Quantile up to which it is 0, in ``[0, 0.99)``.
 
     Returns:
         Probabilities ``(N,)`` in ``[0, maximum]``.
     """
-    low, high = torch.quantile(scores, torch.tensor([LOW, HIGH], dtype=scores.dtype, device=scores.device))
+    low, high = torch.quantile(scores, torch.tensor([begin, FULL], dtype=scores.dtype, device=scores.device))
     mass: Tensor = maximum * ((scores - low) / (high - low).clamp_min(torch.finfo(scores.dtype).tiny)).clamp(0, 1)
     return mass
 

@@ -8,6 +8,7 @@ from small import EXPERIMENTS, fake_fashion_mnist, merged, shrink, write
 
 from meadef_lightning.cli import main
 from meadef_lightning.experiment.load import load_experiment
+from meadef_lightning.watermark import WatermarkCallback, WatermarkKey
 
 PAPER = ("fashion_mnist/supervised.yaml", "overlays/paper_size.yaml", "overlays/paper.yaml")
 
@@ -28,6 +29,7 @@ def test_no_yaml_is_forgotten():
         "fashion_mnist/extraction.yaml",
         "cifar10/supervised.yaml",
         "cifar10/small.yaml",
+        "overlays/all_images.yaml",
         *ROBUSTNESS,
         *SELF_SUPERVISED,
         "overlays/paper_size_simclr.yaml",
@@ -160,6 +162,21 @@ def test_fashion_mnist(tmp_path):
     root = str(fake_fashion_mnist(tmp_path / "data"))
     report = run(shrink(merged("fashion_mnist/supervised.yaml"), root=root, download=False), tmp_path)
     assert report["suspects"][2]["queries"] == 80
+
+
+def test_all_images_of_fashion_mnist_with_the_default_recipe():
+    """Read and built only, as the file beneath it runs above."""
+    experiment = load_experiment(
+        [EXPERIMENTS / name for name in ("fashion_mnist/supervised.yaml", "overlays/all_images.yaml")]
+    )
+    sizes = experiment.config("data.init_args")
+    parts = ("victim_size", "attacker_size", "verification_size", "validation_size")
+    assert sum(sizes[name] for name in parts) <= 60_000  # the training set
+    key = WatermarkKey.draw(10, "a secret")
+    callback = experiment.build().watermark.callback(key)
+    assert isinstance(callback, WatermarkCallback)
+    default = WatermarkCallback(key).objective
+    assert (callback.objective.tilt, callback.objective.balancing.weights) == (default.tilt, default.balancing.weights)
 
 
 def test_the_papers_size_and_recipe(tmp_path):

@@ -47,14 +47,24 @@ def test_equal_features_have_no_influence():
     assert target_mass(scores, 0.5).tolist() == [0.0] * 6
 
 
-@given(st.lists(st.integers(-1000, 1000), min_size=3, max_size=60, unique=True), st.floats(0.01, 0.99))
+@given(
+    st.lists(st.integers(-1000, 1000), min_size=3, max_size=60, unique=True),
+    st.floats(0.01, 0.99),
+    st.sampled_from([0.0, 0.3, 0.5, 0.9]),
+)
 @settings(max_examples=60, deadline=None)
-def test_mass_rises_with_influence_and_spares_half(values, maximum):
+def test_mass_rises_with_influence_and_spares_a_share(values, maximum, begin):
     scores = torch.tensor(values).float()
-    mass = target_mass(scores, maximum)[scores.argsort()]
+    mass = target_mass(scores, maximum, begin)[scores.argsort()]
     assert (mass.diff() >= -1e-6).all()
-    assert (mass[: len(mass) // 2] == 0).all()
+    assert (mass[: int(begin * len(mass))] == 0).all()
     assert 0.7 * maximum <= mass[-1] <= maximum + 1e-6
+
+
+def test_half_of_each_class_is_spared_by_default():
+    scores = draws(101)
+    assert torch.equal(target_mass(scores, 0.4), target_mass(scores, 0.4, 0.5))
+    assert int((target_mass(scores, 0.4) > 0).sum()) == 50
 
 
 def test_the_loss_is_that_of_soft_labels():
@@ -147,6 +157,21 @@ def test_the_tilt_is_measured_anew_now_and_then_only():
 def test_a_tilt_is_a_probability(tilt):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
         ready(tilt=tilt)
+
+
+@pytest.mark.parametrize("tilt_from", [-0.1, 0.99, float("nan")])
+def test_not_all_samples_are_left_untilted(tilt_from):
+    with pytest.raises(ValueError, match=r"tilt_from=.* must lie in \[0, 0.99\)"):
+        ready(tilt=0.4, tilt_from=tilt_from)
+
+
+def test_more_samples_are_tilted_where_fewer_are_left_alone():
+    model, tilted = net(), []
+    for tilt_from in (0.2, 0.5, 0.8):
+        objective = ready(tilt=0.4, tilt_from=tilt_from)
+        objective.refresh(model, model)
+        tilted.append(float((objective._tilted["mass"] > 0).float().mean()))
+    assert tilted == pytest.approx([0.8, 0.5, 0.2], abs=0.06)
 
 
 # ---- in a training
