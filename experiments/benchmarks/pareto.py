@@ -33,6 +33,7 @@ RECIPES: dict[str, list[str]] = {
     "tilt .25": [f"{_CALLBACK}.tilt", "0.25"],
     "tilt .75": [f"{_CALLBACK}.tilt", "0.75"],
     "tilt .9": [f"{_CALLBACK}.tilt", "0.9"],
+    "tilt from .3": [f"{_CALLBACK}.tilt_from", "0.3"],
     "BatchNorm running": [f"{_CALLBACK}.batchnorm", "running"],
     "start .75": [f"{_CALLBACK}.start", "0.75"],
     "no smoothing": ["--victim.model.init_args.label_smoothing", "0.0"],
@@ -48,6 +49,18 @@ RECIPES: dict[str, list[str]] = {
         "0.3",
         f"{_CALLBACK}.balancing",
         "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.1}}",
+    ],
+    "ver .03 tilt .3": [
+        f"{_CALLBACK}.tilt",
+        "0.3",
+        f"{_CALLBACK}.balancing",
+        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.03}}",
+    ],
+    "ver .3 tilt .6": [
+        f"{_CALLBACK}.tilt",
+        "0.6",
+        f"{_CALLBACK}.balancing",
+        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.3}}",
     ],
     "com .1": [f"{_CALLBACK}.balancing", "{class_path: meadef_lightning.watermark.Fixed, init_args: {com: 0.1}}"],
 }
