@@ -24,7 +24,7 @@ from meadef_lightning.verification.fingerprints import tensors_fingerprint
 from meadef_lightning.verification.signing import check_signature, load_signing_key, parse, render, sign
 from meadef_lightning.victims import SupervisedVictim
 from meadef_lightning.victims.networks import DigitsCNN
-from meadef_lightning.watermark import WatermarkKey
+from meadef_lightning.watermark import WatermarkKey, default_combiners
 
 SECRET = "zebra-quartz-8363-7457-vexing"  # noqa: S105  (of these tests)
 BEACON = "block 1234567: 00ab"
@@ -90,6 +90,14 @@ def test_draw_from_environment_file_and_terminal_alike(folder, monkeypatch, caps
     assert not (folder / "no.json").exists()
 
 
+def test_draw_without_some_ways(folder, capsys):
+    key = draw("--beacon", BEACON, "--without", "PixelBlend", "Donut")
+    assert key == WatermarkKey.draw(10, SECRET, BEACON, default_combiners(["PixelBlend", "Donut"]))
+    assert "4320 keys, 6 ways" in capsys.readouterr().out  # 10 · 9 · 8 · 6
+    main(["key", "check", "watermark.key.json", "--secret-env", "OWNER", "--beacon", BEACON])
+    assert "are not this package's 8" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -101,6 +109,7 @@ def test_draw_from_environment_file_and_terminal_alike(folder, monkeypatch, caps
         (["--secret-env", "EMPTY"], "not set, or empty"),
         (["--secret-file", "nowhere"], "Cannot read the secret file nowhere"),
         (["--secret-env", "OWNER", "--classes", "2"], "at least 3"),
+        (["--secret-env", "OWNER", "--without", "Blend"], "can be left out are .*'PixelBlend'"),
         ([], "no terminal to ask on.*--secret-env"),
     ],
 )

@@ -82,7 +82,9 @@ def copy_stage(source: Path, target: Path) -> None:
 
 def cell(arguments: argparse.Namespace, recipe: str, key: str, seed: int, shared: Path) -> list[dict[str, Any]]:
     """Runs one cell, or reads it, and returns one row a suspect."""
-    overrides = [*RECIPES[recipe], "--seeds", f"[{seed}]", "--watermark.key", f"{{public_secret: '{key}'}}"]
+    # the rest of the experiment's key, what it is drawn from, stays
+    drawn = ["--watermark.key.file", "null", "--watermark.key.secret_env", "null", "--watermark.key.public_secret", key]
+    overrides = [*RECIPES[recipe], "--seeds", f"[{seed}]", *drawn]
     experiment = load_experiment(arguments.experiment, overrides)
     stages = shared_stages(experiment.build())
     output = make_directory(arguments.output / recipe.replace(" ", "-") / f"{key.replace(' ', '-')}-seed-{seed}")

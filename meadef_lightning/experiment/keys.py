@@ -31,6 +31,7 @@ from meadef_lightning.verification.signing import (
     make_signing_key,
     read_private,
 )
+from meadef_lightning.watermark.combiner_spec import default_combiners
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
 
 if TYPE_CHECKING:
@@ -92,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--classes", type=int, required=True, help="Classes of the task, at least 3.")
     add_secret(draw)
     draw.add_argument("--beacon", default="", help="Public random value, published after you committed to the secret.")
+    draw.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="WAY",
+        help="Ways of combining to draw from without, e.g. PixelBlend for colour photographs. Decide before the beacon is known.",
+    )
     draw.add_argument(
         "--output", type=Path, default=Path("watermark.key.json"), help="Key file, mode 0600 (default: %(default)s)."
     )
@@ -251,9 +259,11 @@ def _facts(key: WatermarkKey) -> list[str]:
 
 def _draw(options: argparse.Namespace) -> None:
     _refuse_overwriting(options.output)
-    KeySpace(options.classes)  # a mistake is found before anything is typed
+    combiners = KeySpace(
+        options.classes, default_combiners(options.without)
+    ).combiners  # a mistake is found before anything is typed
     secret = read_secret(options, ask=True) or b""
-    key = WatermarkKey.draw(options.classes, secret, options.beacon)
+    key = WatermarkKey.draw(options.classes, secret, options.beacon, combiners)
     key.save(options.output)
     say(
         f"Key written to {options.output}. Keep it and the secret apart, backed up and out of version control.",

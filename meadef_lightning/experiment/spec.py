@@ -21,7 +21,7 @@ from meadef_lightning.victims.classifier import Classifier
 from meadef_lightning.victims.encoder import Encoder
 from meadef_lightning.victims.simclr import SimCLRVictim
 from meadef_lightning.victims.supervised import SupervisedVictim
-from meadef_lightning.watermark import WatermarkCallback, WatermarkKey
+from meadef_lightning.watermark import WatermarkCallback, WatermarkKey, default_combiners
 
 if TYPE_CHECKING:
     pass
@@ -45,19 +45,21 @@ class KeySpec:
         secret_env: Environment variable that holds the owner secret from which the key is drawn.
         public_secret: A secret written into the configuration, and so none: for demos and studies only.
         beacon: Public random value that is mixed into a drawn key.
+        without: Ways of combining that the key is not drawn from, e.g. ``[PixelBlend]`` for colour photographs.
     """
 
     file: str | None = None
     secret_env: str | None = None
     public_secret: str | None = None
     beacon: str = ""
+    without: list[str] = field(default_factory=list)
 
     def resolve(self, num_classes: int) -> WatermarkKey:
         """Returns the key for a task of ``num_classes`` classes.
 
         Raises:
-            MisconfigurationException: If not exactly one source is given, the variable is empty, or the key is for another
-                number of classes.
+            MisconfigurationException: If not exactly one source is given, the variable is empty, the key is for another
+                number of classes, or ``without`` names no way or stands beside a file.
         """
         given = [name for name in ("file", "secret_env", "public_secret") if getattr(self, name)]
         if len(given) != 1:
@@ -65,6 +67,11 @@ class KeySpec:
                 f"The watermark key needs exactly one of file, secret_env and public_secret, got {given or 'none'}."
             )
         if self.file:
+            if self.without:
+                raise MisconfigurationException(
+                    f"without={self.without} says what a key is drawn from, but the key in {self.file} is drawn already. Leave it out, or "
+                    "draw another key: meadef key draw --without."
+                )
             key = WatermarkKey.load(self.file)
             if key.num_classes != num_classes:
                 raise MisconfigurationException(
@@ -79,7 +86,11 @@ class KeySpec:
                     f"The environment variable {self.secret_env}, from which the key is to be drawn, is not set. Export it, e.g. "
                     f"{self.secret_env}=$(python -c 'import secrets; print(secrets.token_hex(16))')."
                 )
-        return WatermarkKey.draw(num_classes, secret or "", self.beacon)
+        try:
+            combiners = default_combiners(self.without)
+        except ValueError as error:
+            raise MisconfigurationException(f"The watermark key: {error}") from error
+        return WatermarkKey.draw(num_classes, secret or "", self.beacon, combiners)
 
 
 @dataclass

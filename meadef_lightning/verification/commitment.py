@@ -98,8 +98,8 @@ def free_choices(key: WatermarkKey) -> tuple[str, ...]:
     if key.space == DEFAULT_COMBINERS:
         return ()
     return (
-        f"The {len(key.space)} ways of combining in the key's space are not this package's, and their choice and order decide what is drawn: "
-        "whoever made them up after the beacon was known could try many. The draw was free of choice only if they, too, stood in what was "
+        f"The {len(key.space)} ways of combining in the key's space are not this package's {len(DEFAULT_COMBINERS)}, and their choice and order "
+        "decide what is drawn: whoever chose them after the beacon was known could try many. The draw was free of choice only if they, too, stood in what was "
         "published before.",
     )
 

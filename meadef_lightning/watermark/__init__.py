@@ -10,7 +10,7 @@ write ``training_step`` themselves. ``README.md`` in this directory shows what e
 from meadef_lightning.watermark.autoencoder import AutoencoderBlend
 from meadef_lightning.watermark.balancing import MGDA, Balancing, Fixed, LastLayerMGDA
 from meadef_lightning.watermark.callback import WatermarkCallback
-from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS, CombinerSpec
+from meadef_lightning.watermark.combiner_spec import DEFAULT_COMBINERS, CombinerSpec, default_combiners
 from meadef_lightning.watermark.combiners import Band, Combiner, CropPaste, Diagonal, Donut, PixelBlend, Stripes
 from meadef_lightning.watermark.feature_callback import FeatureWatermarkCallback
 from meadef_lightning.watermark.key import KeySpace, WatermarkKey
@@ -42,6 +42,7 @@ __all__ = [
     "WatermarkLossMixin",
     "WatermarkObjective",
     "combination_loss",
+    "default_combiners",
     "evasion_loss",
     "verification_loss",
 ]

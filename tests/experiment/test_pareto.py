@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from meadef_lightning.experiments.benchmarks import answer_lean, pareto
 from small import merged, shrink, write
 
+from meadef_lightning.watermark import WatermarkKey, default_combiners
+
 
 def cells(recipe, cost, soft, hard):
     return [
@@ -73,6 +75,7 @@ def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
     config = shrink(merged("digits/supervised.yaml"))
     config["extraction"] = config["extraction"][:2]
     config["references"] = 2
+    config["watermark"]["key"] = {"secret_env": "NOT_ASKED", "without": ["Donut"]}
     file = write(config, tmp_path / "small.yaml")
     arguments = [
         "pareto",
@@ -101,6 +104,8 @@ def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
         for name in ("default", "no-tilt", "no-smoothing")
     ]
     assert digests[0] == digests[1] != digests[2]  # the last has a clean twin of its own
+    key = WatermarkKey.load(tmp_path / "out" / "default" / "k-seed-0" / "watermark.key.json")
+    assert key == WatermarkKey.draw(10, "k", combiners=default_combiners(["Donut"]))
     stages = {"clean", "reference", "reference-1", "independent"}
     shared = tmp_path / "out" / "shared" / "seed-0"
     for folder in ("as-it-is", "no-smoothing"):

@@ -173,6 +173,8 @@ def test_other_configuration_in_the_same_directory_is_refused(finished, config, 
         ({"watermark": {"key": {}}}, "exactly one of file, secret_env and public_secret"),
         ({"watermark": {"key": {"secret_env": "MEADEF_UNSET"}}}, "MEADEF_UNSET.*is not set. Export it"),
         ({"watermark": {"key": {"file": "missing.json"}}}, r"Cannot read the watermark key missing.json"),
+        ({"watermark": {"key": {"public_secret": "x", "without": ["Blend"]}}}, r"can be left out are .*'PixelBlend'"),
+        ({"watermark": {"key": {"file": "k.json", "without": ["PixelBlend"]}}}, r"k\.json is drawn already.*--without"),
         ({"victim": {"trainer": {"logger": True}}}, "sets the Trainer's .*logger"),
     ],
 )

@@ -209,6 +209,8 @@ def test_cifar10(file, tmp_path):
     config["extraction"] = config["extraction"][1:2]
     report = run(config, tmp_path)
     assert {row["labels"] for row in report["suspects"] if row["kind"] == "extracted"} == {"hard"}
+    key = WatermarkKey.load(tmp_path / "out" / "watermark.key.json")
+    assert len(key.space) == (7 if file.endswith("small.yaml") else 8)
 
 
 @pytest.mark.parametrize("file", ["digits/supervised.yaml", "fashion_mnist/supervised.yaml", "cifar10/supervised.yaml"])

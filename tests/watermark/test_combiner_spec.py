@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from meadef_lightning.watermark import DEFAULT_COMBINERS, CombinerSpec, WatermarkKey
+from meadef_lightning.watermark import DEFAULT_COMBINERS, CombinerSpec, WatermarkKey, default_combiners
 from meadef_lightning.watermark.combiners import Combiner, CropPaste, Stripes
 
 OWN = "meadef_lightning.watermark.combiners."
@@ -40,6 +40,18 @@ def test_specs_are_equal_by_content_and_keep_their_own_copy():
     assert spec != CombinerSpec(OWN + "CropPaste", arguments)
     assert spec != CombinerSpec(OWN + "Diagonal", spec.init_args)
     assert CombinerSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_ways_can_be_left_out_by_name_in_their_order():
+    assert default_combiners() == DEFAULT_COMBINERS
+    kept = default_combiners(["PixelBlend"])
+    assert kept == tuple(spec for spec in DEFAULT_COMBINERS if spec.class_path != OWN + "PixelBlend")
+    assert len(kept) == 7
+    assert len(default_combiners(["Stripes", "CropPaste"])) == 4  # all of a class
+    with pytest.raises(ValueError, match=r"without=\['Blend'\]: the ways .* 'PixelBlend', 'Stripes'"):
+        default_combiners(["Blend", "Donut"])
+    with pytest.raises(ValueError, match="leaves 1 way"):
+        default_combiners(["Stripes", "CropPaste", "Diagonal", "PixelBlend"])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), {1, 2}, b"x", torch.zeros(1)])
