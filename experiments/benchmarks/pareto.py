@@ -56,6 +56,12 @@ RECIPES: dict[str, list[str]] = {
         f"{_CALLBACK}.balancing",
         "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.03}}",
     ],
+    "ver .2 tilt .5": [
+        f"{_CALLBACK}.tilt",
+        "0.5",
+        f"{_CALLBACK}.balancing",
+        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.2}}",
+    ],
     "ver .3 tilt .6": [
         f"{_CALLBACK}.tilt",
         "0.6",
