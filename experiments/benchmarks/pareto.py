@@ -27,6 +27,16 @@ from meadef_lightning.experiment.pipeline import run
 from meadef_lightning.experiment.spec import ExperimentSpec
 
 _CALLBACK = "--watermark.callback.init_args"
+
+
+def _weights(tilt: float | None = None, **terms: float) -> list[str]:
+    """Command-line overrides for the tilt and for weights of the terms; the others are the library's."""
+    tilted = [] if tilt is None else [f"{_CALLBACK}.tilt", str(tilt)]
+    given = ", ".join(f"{name}: {weight}" for name, weight in terms.items())
+    fixed = f"{{class_path: meadef_lightning.watermark.Fixed, init_args: {{{given}}}}}"
+    return [*tilted, f"{_CALLBACK}.balancing", fixed]
+
+
 RECIPES: dict[str, list[str]] = {
     "default": [],
     "no tilt": [f"{_CALLBACK}.tilt", "0.0"],
@@ -38,37 +48,13 @@ RECIPES: dict[str, list[str]] = {
     "start .75": [f"{_CALLBACK}.start", "0.75"],
     "no smoothing": ["--victim.model.init_args.label_smoothing", "0.0"],
     "samples 16": [f"{_CALLBACK}.samples", "16"],
-    "eva 0": [f"{_CALLBACK}.balancing", "{class_path: meadef_lightning.watermark.Fixed, init_args: {eva: 0.0}}"],
-    "eva .3": [f"{_CALLBACK}.balancing", "{class_path: meadef_lightning.watermark.Fixed, init_args: {eva: 0.3}}"],
-    "ver 1 eva .3": [
-        f"{_CALLBACK}.balancing",
-        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 1.0, eva: 0.3}}",
-    ],
-    "ver .1 tilt .3": [
-        f"{_CALLBACK}.tilt",
-        "0.3",
-        f"{_CALLBACK}.balancing",
-        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.1}}",
-    ],
-    "ver .03 tilt .3": [
-        f"{_CALLBACK}.tilt",
-        "0.3",
-        f"{_CALLBACK}.balancing",
-        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.03}}",
-    ],
-    "ver .2 tilt .5": [
-        f"{_CALLBACK}.tilt",
-        "0.5",
-        f"{_CALLBACK}.balancing",
-        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.2}}",
-    ],
-    "ver .3 tilt .6": [
-        f"{_CALLBACK}.tilt",
-        "0.6",
-        f"{_CALLBACK}.balancing",
-        "{class_path: meadef_lightning.watermark.Fixed, init_args: {ver: 0.3}}",
-    ],
-    "com .1": [f"{_CALLBACK}.balancing", "{class_path: meadef_lightning.watermark.Fixed, init_args: {com: 0.1}}"],
+    "eva 0": _weights(eva=0.0),
+    "eva .3": _weights(eva=0.3),
+    "ver 1 eva .3": _weights(ver=1.0, eva=0.3),
+    "ver .1 tilt .3": _weights(0.3, ver=0.1),
+    "ver .2 tilt .5": _weights(0.5, ver=0.2),
+    "ver .3 tilt .6": _weights(0.6, ver=0.3),
+    "com .1": _weights(com=0.1),
 }
 COLUMNS = ("recipe", "key", "seed", "cost", "suspect", "labels", "accuracy", "wsr", "wfpr", "p_value", "verdict")
 
