@@ -259,11 +259,10 @@ def _facts(key: WatermarkKey) -> list[str]:
 
 def _draw(options: argparse.Namespace) -> None:
     _refuse_overwriting(options.output)
-    combiners = KeySpace(
-        options.classes, default_combiners(options.without)
-    ).combiners  # a mistake is found before anything is typed
+    # a mistake is found before anything is typed
+    space = KeySpace(options.classes, default_combiners(options.without))
     secret = read_secret(options, ask=True) or b""
-    key = WatermarkKey.draw(options.classes, secret, options.beacon, combiners)
+    key = WatermarkKey.draw(options.classes, secret, options.beacon, space.combiners)
     key.save(options.output)
     say(
         f"Key written to {options.output}. Keep it and the secret apart, backed up and out of version control.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,9 +22,6 @@ from meadef_lightning.victims.encoder import Encoder
 from meadef_lightning.victims.simclr import SimCLRVictim
 from meadef_lightning.victims.supervised import SupervisedVictim
 from meadef_lightning.watermark import WatermarkCallback, WatermarkKey, default_combiners
-
-if TYPE_CHECKING:
-    pass
 
 RESERVED = {"victim", "clean", "reference", "patched"}
 """Names that the pipeline gives to its own stages, besides those of further references."""

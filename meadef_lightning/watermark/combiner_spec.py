@@ -116,7 +116,7 @@ def default_combiners(without: Sequence[str] = ()) -> tuple[CombinerSpec, ...]:
     """Returns the ways that a key is drawn from, without those that do not suit the task.
 
     On colour photographs leave ``PixelBlend`` out: between two of them a blend is nearly a natural picture, and a network that is not sure
-    of its task pays for the key with three times the accuracy (see the page on tuning). On grey digits and clothes it is the cheapest of all.
+    of its task pays for the key with about twice the accuracy (see the page on tuning). On digits and Fashion-MNIST it costs no more than others.
 
     Args:
         without: Classes to leave out, by name, e.g. ``["PixelBlend"]``. Their choice is public, and made before the key is drawn.

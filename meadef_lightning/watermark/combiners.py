@@ -203,7 +203,7 @@ class CropPaste(Combiner):
 class PixelBlend(Combiner):
     """C3: merges pixel by pixel, ``alpha·a + (1 - alpha)·b`` (§IV-B).
 
-    The cheapest way on grey strokes on a dark ground, and by far the dearest on colour photographs (see the page on tuning).
+    The dearest way on colour photographs, and no dearer than others on digits and Fashion-MNIST (see the page on tuning).
 
     Args:
         alpha: Share of the first source, in ``(0, 1)``; the paper uses 0.5.
