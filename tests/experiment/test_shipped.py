@@ -210,12 +210,12 @@ def test_cifar10(file, tmp_path):
     report = run(config, tmp_path)
     assert {row["labels"] for row in report["suspects"] if row["kind"] == "extracted"} == {"hard"}
     key = WatermarkKey.load(tmp_path / "out" / "watermark.key.json")
-    assert len(key.space) == (7 if file.endswith("small.yaml") else 8)
+    assert len(key.space) == 7  # without blends
 
 
 @pytest.mark.parametrize("file", ["digits/supervised.yaml", "fashion_mnist/supervised.yaml", "cifar10/supervised.yaml"])
 def test_keys_printed_in_yaml_are_called_public(file):
-    assert list(merged(file)["watermark"]["key"]) == ["public_secret"]
+    assert set(merged(file)["watermark"]["key"]) - {"without"} == {"public_secret"}
 
 
 def test_the_step_benchmark_measures_what_it_names(tmp_path):
