@@ -29,6 +29,7 @@ def test_no_yaml_is_forgotten():
         "fashion_mnist/extraction.yaml",
         "cifar10/supervised.yaml",
         "cifar10/small.yaml",
+        "cifar10/all_images.yaml",
         "overlays/all_images.yaml",
         *ROBUSTNESS,
         *SELF_SUPERVISED,
@@ -164,14 +165,19 @@ def test_fashion_mnist(tmp_path):
     assert report["suspects"][2]["queries"] == 80
 
 
-def test_all_images_of_fashion_mnist_with_the_default_recipe():
-    """Read and built only, as the file beneath it runs above."""
-    experiment = load_experiment(
-        [EXPERIMENTS / name for name in ("fashion_mnist/supervised.yaml", "overlays/all_images.yaml")]
-    )
+@pytest.mark.parametrize(
+    ("files", "images"),
+    [
+        (("fashion_mnist/supervised.yaml", "overlays/all_images.yaml"), 60_000),
+        (("cifar10/small.yaml", "cifar10/all_images.yaml"), 50_000),
+    ],
+)
+def test_all_images_with_the_default_recipe(files, images):
+    """Read and built only, as the files beneath them run above and below."""
+    experiment = load_experiment([EXPERIMENTS / name for name in files])
     sizes = experiment.config("data.init_args")
     parts = ("victim_size", "attacker_size", "verification_size", "validation_size")
-    assert sum(sizes[name] for name in parts) <= 60_000  # the training set
+    assert 0.9 * images < sum(sizes[name] for name in parts) <= images  # of the training set
     key = WatermarkKey.draw(10, "a secret")
     callback = experiment.build().watermark.callback(key)
     assert isinstance(callback, WatermarkCallback)
