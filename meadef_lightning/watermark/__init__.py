@@ -4,7 +4,7 @@
 `meadef_lightning.watermark.losses` and `meadef_lightning.watermark.objective` the terms, `meadef_lightning.watermark.balancing` weighs them,
 and `meadef_lightning.watermark.tilt` is what lets them survive a theft. Use them through `WatermarkCallback`
 (`meadef_lightning.watermark.callback`), or ``FeatureWatermarkCallback`` for encoders; `WatermarkLossMixin` is for those who would rather
-write ``training_step`` themselves. ``README.md`` in this directory shows what each knob costs.
+write ``training_step`` themselves. `meadef_lightning.watermark.surrogate` watches what a thief would take along. ``README.md`` in this directory shows what each knob costs.
 """
 
 from meadef_lightning.watermark.autoencoder import AutoencoderBlend
@@ -18,6 +18,7 @@ from meadef_lightning.watermark.losses import combination_loss, evasion_loss, ve
 from meadef_lightning.watermark.mixin import WatermarkLossMixin
 from meadef_lightning.watermark.objective import WatermarkObjective
 from meadef_lightning.watermark.pool import SourcePool
+from meadef_lightning.watermark.surrogate import SurrogateCallback
 
 __all__ = [
     "DEFAULT_COMBINERS",
@@ -37,6 +38,7 @@ __all__ = [
     "PixelBlend",
     "SourcePool",
     "Stripes",
+    "SurrogateCallback",
     "WatermarkCallback",
     "WatermarkKey",
     "WatermarkLossMixin",

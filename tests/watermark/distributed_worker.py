@@ -32,7 +32,7 @@ from user_modules import (
     written_term,
 )
 
-from meadef_lightning.watermark import MGDA, LastLayerMGDA, WatermarkLossMixin
+from meadef_lightning.watermark import MGDA, LastLayerMGDA, SurrogateCallback, WatermarkLossMixin
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {}
 
@@ -185,6 +185,33 @@ def validation() -> dict[str, Any]:
     return {"logged": float(trainer.callback_metrics["watermark/wsr"]), "own": float(answers.float().mean())}
 
 
+def linear(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
+
+
+def watched(kind: type, strategy: Callable[[], Any]) -> dict[str, Any]:
+    """A training with a surrogate, and one without; what the surrogate logs is kept by every rank before it is averaged."""
+    own: list[float] = []
+
+    class Kept(SurrogateCallback):
+        def _measure(self, *args: Any) -> dict[str, Any]:
+            measured = super()._measure(*args)
+            own.append(float(measured["surrogate_fidelity"]))
+            return measured
+
+    alone, module = make(kind), make(kind)
+    train(alone, [callback()], strategy(), val=Images(size=40))
+    surrogate = Kept(KEY, linear, every_n_epochs=2, batch_size=8)
+    trainer = train(module, [callback(), surrogate], strategy(), val=Images(size=40))
+    logged = float(trainer.callback_metrics["watermark/surrogate_fidelity"])
+    return {"alone": digest(alone), "watched": digest(module), "logged": logged, "own": own[-1], "times": len(own)}
+
+
+@scenario
+def surrogate() -> dict[str, Any]:
+    return watched(Validated, ddp)
+
+
 @scenario
 def resumed() -> dict[str, Any]:
     return resume(
@@ -217,6 +244,11 @@ def sharded() -> dict[str, Any]:
 def sharded_validation() -> dict[str, Any]:
     trainer = train(make(Sharded), [callback()], fsdp2(), val=Images(size=40), max_epochs=1)
     return {"logged": float(trainer.callback_metrics["watermark/wsr"])}
+
+
+@scenario
+def sharded_surrogate() -> dict[str, Any]:
+    return watched(Sharded, fsdp2)
 
 
 class MixedSharded(WatermarkLossMixin, Sharded):

@@ -101,6 +101,13 @@ def test_validation_averages_over_the_ranks(both):
     assert [rank["logged"] for rank in both] == pytest.approx([mean, mean])
 
 
+@scenario("surrogate", "sharded_surrogate")
+def test_every_rank_trains_a_student_and_the_mean_is_logged(both):
+    mean = sum(rank["own"] for rank in both) / 2
+    assert [rank["logged"] for rank in both] == pytest.approx([mean, mean])
+    assert all(rank["times"] == 2 and rank["watched"] == rank["alone"] for rank in both)
+
+
 @scenario("sharded_validation")
 def test_validation_of_a_sharded_model(both):
     assert 0 <= both[0]["logged"] == both[1]["logged"] <= 1
