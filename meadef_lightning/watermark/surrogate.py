@@ -3,8 +3,8 @@
 Success on the victim says nothing about survival, and a theft after every change of a setting is slow. So, every few epochs, a small network
 learns from scratch what the model answers to natural samples, as a thief's would, and is asked combinations that it has never seen.
 
-**Source.** The idea of filtering or tuning a watermark by a surrogate model is common (entangled watermarks, DeepTracer); this form is ours.
-The student is trained by Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), §2, at temperature 1.
+**Source.** Others choose a watermark's samples by what a surrogate learns (DeepTracer, AAAI 2026); watching a training with one is ours. The
+student is trained by Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), §2, at temperature 1.
 
 **Cost.** ``epochs`` forward and backward passes of the student over ``samples`` samples, and one forward pass of the model, each time.
 
