@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -78,8 +79,8 @@ class SurrogateCallback(Measuring):
     Args:
         key: The key, or the path of its file.
         network: Makes the student from the numbers of classes and of input channels. The thief's is unknown: take another than the victim's.
-        every_n_epochs: How often; the last epoch is always one of them if ``max_epochs`` says which it is.
-        samples: Training samples asked, the latest ones. They are kept where the batches are: 4,096 images 3x32x32 take 50 MB.
+        every_n_epochs: How often: in the first validation after every so many epochs, and in those of the last epoch if ``max_epochs`` says which it is.
+        samples: Training samples asked, the latest ones, of every process its own. They are kept where the batches are: 4,096 images 3x32x32 take 50 MB.
         labels: What the student sees: ``"soft"``, probabilities, or ``"hard"``, classes.
         epochs: The student's passes over the samples.
         batch_size: The student's, and of the questions to the model.
@@ -125,6 +126,17 @@ class SurrogateCallback(Measuring):
         self._training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
         self.objective = WatermarkObjective(key)  # which samples and labels fit the key; nothing is embedded
         self._queries: deque[Tensor] = deque()
+        self._last = 0  # epoch
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts epochs from where the training starts or goes on, and warns if there is no validation to measure in."""
+        self._last = trainer.current_epoch
+        if not trainer.enable_validation:
+            rank_zero_warn(
+                f"{self.name}/surrogate_wsr is measured in validation, and this training has none: give it validation data and a "
+                "validation_step, and leave limit_val_batches above 0."
+            )
 
     @override
     def on_train_batch_end(
@@ -148,8 +160,11 @@ class SurrogateCallback(Measuring):
         """Decides whether it is time for a student."""
         super().on_validation_epoch_start(trainer, pl_module)
         epoch = trainer.current_epoch + 1
-        due = epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        # validation may come more seldom than every epoch
+        due = epoch // self.every_n_epochs > self._last // self.every_n_epochs or epoch == trainer.max_epochs
         self._measuring = self._measuring and due and sum(map(len, self._queries)) > 1
+        if self._measuring:
+            self._last = epoch
 
     @override
     def _measure(

@@ -106,7 +106,19 @@ def test_a_last_query_that_is_alone_is_left_out(count):
     assert int(student[1].num_batches_tracked) == 2 * {17: 2, 16: 2, 2: 1}[count]
 
 
-def test_it_comes_every_n_epochs_and_at_the_end(monkeypatch):
+@pytest.mark.parametrize(
+    ("every", "flags", "expected"),
+    [
+        (3, {}, [2, 5, 6]),
+        (
+            3,
+            {"check_val_every_n_epoch": 2},
+            [3, 5],
+        ),  # the first validation that comes after three epochs, and after six
+        (3, {"val_check_interval": 3}, [2, 5, 6, 6]),  # once in an epoch, but for the last
+    ],
+)
+def test_it_comes_every_n_epochs_and_at_the_end(every, flags, expected, monkeypatch):
     trained = []
     original = distil
 
@@ -115,12 +127,12 @@ def test_it_comes_every_n_epochs_and_at_the_end(monkeypatch):
         original(*args, **kwargs)
 
     monkeypatch.setattr("meadef_lightning.watermark.surrogate.distil", counted)
-    trainer = Trainer(callbacks=[watch := surrogate(every_n_epochs=3)], **{**SILENT, "max_epochs": 7})
+    trainer = Trainer(callbacks=[watch := surrogate(every_n_epochs=every)], **{**SILENT, "max_epochs": 7, **flags})
     trainer.fit(make(Validated), loader(), validation_loader())
-    assert trained == [2, 5, 6]
+    assert trained == expected
     assert not watch._queries  # the samples are let go
     trainer.validate(make(Validated), validation_loader(), verbose=False)
-    assert trained == [2, 5, 6]
+    assert trained == expected
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -145,7 +157,8 @@ def test_it_can_decide_which_model_is_kept(tmp_path):
 
 
 def test_without_validation_nothing_is_measured():
-    trainer = fit(make(UserModule), [surrogate()])
+    with pytest.warns(UserWarning, match="this training has none"):
+        trainer = fit(make(UserModule), [surrogate()])
     assert not [name for name in trainer.callback_metrics if "surrogate" in name]
 
 
