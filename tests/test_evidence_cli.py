@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 
 from meadef_lightning.cli import main
 from meadef_lightning.data import DigitsDataModule
@@ -238,3 +239,72 @@ def test_a_secret_in_the_environment_may_be_any_bytes(folder, monkeypatch, capsy
     main(["key", "draw", "--classes", "10", "--secret-env", "RAW", "--output", "raw.json"])
     main(["key", "check", "raw.json", "--secret-file", "raw"])
     assert "The key is what this secret and beacon give" in capsys.readouterr().out
+
+
+@pytest.fixture
+def two_keys(key, folder):
+    """Evidence of one suspect, which knows two keys, under either, and of another suspect under the second."""
+    main(["key", "draw", "--classes", "10", "--secret-env", "OTHER", "--output", "k2.json"])
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10)).state_dict(), "m.pt")
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10)).state_dict(), "other.pt")
+    layers = [{"class_path": "torch.nn.Flatten"}, {"class_path": "torch.nn.Linear", "init_args": {"in_features": 256, "out_features": 10}}]  # fmt: skip
+    for name in ("m", "other"):
+        state = {f"1.{n.partition('.')[2]}": value for n, value in torch.load(f"{name}.pt", weights_only=True).items()}
+        torch.save(state, f"{name}.pt")
+    Path("m.yaml").write_text(
+        json.dumps({"model": {"class_path": f"{__name__}.Stack", "init_args": {"layers": layers}}})
+    )
+    for name, suspect, used in (("one", "m", "k"), ("two", "m", "k2"), ("elsewhere", "other", "k2")):
+        main(["verify", "--key", f"{used}.json", "--suspect", f"{suspect}.pt", "--model", "m.yaml", *DIGITS, *SMALL, "--output", name])  # fmt: skip
+
+
+def test_evidence_under_several_keys_is_combined(two_keys, capsys):
+    capsys.readouterr()
+    # keys in any order, a directory or the file in it
+    main(["evidence", "combine", "one", "two/evidence.json", "--key", "k2.json", "--key", "k.json", "--output", "joint.json"])  # fmt: skip
+    text, joint = capsys.readouterr().out, read("joint.json")
+    alone = [read(f"{name}/verdict.json") for name in ("one", "two")]
+    assert joint["decoy_p"] == pytest.approx(
+        stats.combine_pvalues([verdict["decoy_p"] for verdict in alone], method="fisher").pvalue
+    )
+    assert joint["verdicts"] == alone
+    assert f"Verdict under 2 key(s): {joint['verdict']}. {joint['reason']}" in text
+    assert "two/evidence.json: " in text
+    assert "All keys that were committed to must be among them" in text
+    assert "black box" not in text
+
+
+@pytest.mark.parametrize(
+    ("evidence", "keys", "message"),
+    [
+        (["one", "two"], ["k"], "No key was given for two"),
+        (["one"], ["k", "k2"], "evidence about 1 key(s) in 1 file(s)"),
+        (["one", "one"], ["k"], "evidence about 1 key(s) in 2 file(s)"),
+        (["one"], ["k", "k"], "got 2 key file(s) of 1 key(s)"),
+        (["one", "elsewhere"], ["k", "k2"], "about different models"),
+        (["one", "two", "--samples=3"], ["k", "k2"], "does not know --samples=3"),
+    ],
+)
+def test_evidence_that_cannot_be_combined(two_keys, evidence, keys, message, capsys):
+    given = [word for name in keys for word in ("--key", f"{name}.json")]
+    assert message in fails(["evidence", "combine", *evidence, *given, "--output", "joint.json"], capsys)
+    assert not Path("joint.json").exists()
+
+
+def test_evidence_of_another_level_or_changed_is_not_combined(two_keys, capsys):
+    combine = ["evidence", "combine", "one", "two", "--key", "k.json", "--key", "k2.json"]
+    main(["verify", "--key", "k2.json", "--suspect", "m.pt", "--model", "m.yaml", *DIGITS, *SMALL, "--verification.alpha", "0.01", "--output", "level"])  # fmt: skip
+    assert "different levels (0.001, 0.01)" in fails([*combine[:3], "level", *combine[4:]], capsys)
+    content = read("two/evidence.json")
+    content["verdict"]["decoy_p"] /= 10
+    Path("two/evidence.json").write_text(json.dumps(content))
+    assert "Fields that differ: verdict" in fails(combine, capsys)
+
+
+def test_black_boxes_are_the_same_by_their_owners_word(key, folder, capsys):
+    main(["verify", "--key", "k.json", "--suspect", f"python:{__name__}:nearest", "--trust_code", *DIGITS, *SMALL, "--output", "one"])  # fmt: skip
+    capsys.readouterr()
+    main(["evidence", "combine", "one", "--key", "k.json"])
+    text = capsys.readouterr().out
+    assert "Verdict under 1 key(s): inconclusive" in text  # of 50 decoys
+    assert "that it was the same one each time is the word of who asked it" in text

@@ -31,11 +31,12 @@ WORK = {
     "meadef_lightning.experiment.serve": ["serve"],
     "meadef_lightning.experiment.grid_run": ["Plan"],
     "meadef_lightning.experiment.keys": ["_draw", "_show", "_sign_key", "_commit"],
-    "meadef_lightning.experiment.bundles": ["_bundle", "_check"],
+    "meadef_lightning.experiment.bundles": ["_bundle", "_check", "_combine"],
     "meadef_lightning.experiments.benchmarks.answer_lean": ["cases"],
     "meadef_lightning.experiments.benchmarks.calibration": ["study"],
     "meadef_lightning.experiments.benchmarks.false_claims": ["run_study"],
     "meadef_lightning.experiments.benchmarks.pareto": ["cell"],
+    "meadef_lightning.experiments.benchmarks.several_keys": ["Study"],
 }
 YOURS = """
 model:

@@ -1,4 +1,4 @@
-"""``meadef evidence``: bundle a verdict for a judge, and check such a bundle offline, or with the judge's own images."""
+"""``meadef evidence``: bundle a verdict for a judge, check such a bundle offline or with the judge's own images, and combine several keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from pathlib import Path
 
-from meadef_lightning.experiment.artifacts import write_text_atomic
+from meadef_lightning.experiment.artifacts import write_json_atomic, write_text_atomic
 from meadef_lightning.experiment.keys import (
     add_secret,
     data_module,
@@ -18,6 +18,7 @@ from meadef_lightning.experiment.keys import (
     say,
 )
 from meadef_lightning.verification.bundle import Bundle
+from meadef_lightning.verification.combination import combine_verdicts
 from meadef_lightning.verification.commitment import OWNERS_WORD, free_choices, repeat_draw
 from meadef_lightning.verification.evidence import Evidence
 from meadef_lightning.verification.evidence_form import EvidenceError
@@ -41,7 +42,7 @@ def evidence_command(arguments: list[str]) -> None:
     """
     options, rest = _parser().parse_known_args(arguments)
     refuse_secrets(rest)
-    (_bundle if options.action == "bundle" else _check)(options, rest)
+    {"bundle": _bundle, "check": _check, "combine": _combine}[options.action](options, rest)
 
 
 def record_command(output: Path, program: str, arguments: list[str]) -> None:
@@ -102,11 +103,32 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="For a bare evidence.json: what the key was drawn with. A bundle's commitment names it.",
     )
+
+    combine = actions.add_parser(
+        "combine",
+        help="judge one suspect under several keys at once",
+        description="Checks the evidence of one suspect under several keys, each as meadef evidence check does, and combines the p-values by "
+        "Fisher's method. Give all the keys that were committed to: leaving out those that did not fire is choosing.",
+        epilog="Example: meadef evidence combine runs/verify-1 runs/verify-2 --key key-1.json --key key-2.json",
+        allow_abbrev=False,
+    )
+    combine.add_argument(
+        "evidence", type=Path, nargs="+", help="Output directories of meadef verify, or their evidence.json; one a key."
+    )
+    combine.add_argument(
+        "--key", type=Path, action="append", required=True, help="Key file; repeat it for every key, in any order."
+    )
+    combine.add_argument("--output", type=Path, help="Where to write the joint verdict as JSON.")
     return parser
 
 
+def _file(evidence: Path) -> Path:
+    """The evidence file that is meant: a directory stands for the one in it."""
+    return evidence / EVIDENCE if evidence.is_dir() else evidence
+
+
 def _bundle(options: argparse.Namespace, rest: list[str]) -> None:
-    evidence = options.evidence / EVIDENCE if options.evidence.is_dir() else options.evidence
+    evidence = _file(options.evidence)
     key = WatermarkKey.load(options.key)
     Evidence.load(evidence)  # names the file where it cannot be used
     command = evidence.with_name(COMMAND)
@@ -171,6 +193,41 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
         f"Verdict of the evidence: {verdict.verdict} (p = {verdict.decoy_p:.2g}, success {verdict.wsr:.1%}).",
         f"Verdict of asking again: {again.verdict} (p = {again.decoy_p:.2g}, success {again.wsr:.1%}).",
     )
+
+
+def _combine(options: argparse.Namespace, rest: list[str]) -> None:
+    if rest:
+        raise ValueError(
+            f"meadef evidence combine does not know {shlex.join(rest)}; see meadef evidence combine --help."
+        )
+    keys = {key.commitment(): key for key in map(WatermarkKey.load, options.key)}
+    pieces = [Evidence.load(_file(path)) for path in options.evidence]
+    told = [piece.key["commitment"] for piece in pieces]
+    if sorted(told) != sorted(keys) or len(keys) < len(options.key):
+        without = [str(path) for path, name in zip(options.evidence, told, strict=True) if name not in keys]
+        raise ValueError(
+            f"Every key needs its own evidence, and every evidence its key, each once; got {len(options.key)} key file(s) of {len(keys)} "
+            f"key(s), and evidence about {len(set(told))} key(s) in {len(told)} file(s)"
+            + (f". No key was given for {', '.join(without)}." if without else ".")
+        )
+    models = {piece.model["sha256"] for piece in pieces}
+    if len(models) > 1:
+        raise EvidenceError(
+            "The evidence is about different models, and a joint verdict about one. Verify the same suspect with every key."
+        )
+    joint = combine_verdicts([(piece.check(keys[name]), keys[name]) for piece, name in zip(pieces, told, strict=True)])
+    say(
+        *(
+            f"{path}: {verdict.verdict}, p = {verdict.decoy_p:.2g} ({p:.2g} as one of {len(pieces)}, by Holm), success {verdict.wsr:.1%}"
+            for path, verdict, p in zip(options.evidence, joint.verdicts, joint.adjusted_p, strict=True)
+        ),
+        f"Verdict under {len(pieces)} key(s): {joint.verdict}. {joint.reason}",
+        *(f"Note: {note}" for note in joint.notes),
+    )
+    if models == {None}:
+        say("Note: The suspect is a black box, so that it was the same one each time is the word of who asked it.")
+    if options.output is not None:
+        write_json_atomic(options.output, joint.to_dict())
 
 
 def _names(words: list[str], option: str) -> bool:

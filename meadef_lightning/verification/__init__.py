@@ -15,7 +15,7 @@ judge, signed (`meadef_lightning.verification.signing`). A black box cannot tell
 from meadef_lightning.verification.bundle import Bundle, Findings
 from meadef_lightning.verification.callback import VerificationCallback
 from meadef_lightning.verification.camouflage import CamouflagedDataModule
-from meadef_lightning.verification.combination import JointVerdict, combine_fisher, holm, judge_keys
+from meadef_lightning.verification.combination import JointVerdict, combine_fisher, combine_verdicts, holm, judge_keys
 from meadef_lightning.verification.commitment import Commitment, repeat_draw, secret_commitment, timestamp_request
 from meadef_lightning.verification.datamodule import VerificationDataModule
 from meadef_lightning.verification.evidence import Evidence, check_evidence
@@ -59,6 +59,7 @@ __all__ = [
     "align_labels",
     "check_evidence",
     "combine_fisher",
+    "combine_verdicts",
     "decoy_statistics",
     "feature_verdict",
     "holm",

@@ -126,7 +126,19 @@ def judge_keys(cases: Sequence[tuple[Responses, WatermarkKey]], alpha: float = 1
         ValueError: If there is no key, two keys share their salt (then their decoys, and so their p-values, may depend on each other), or
             answers do not belong to their key.
     """
-    keys = [key for _, key in cases]
+    return combine_verdicts([(judge(responses, key, alpha), key) for responses, key in cases])
+
+
+def combine_verdicts(cases: Sequence[tuple[Verdict, WatermarkKey]]) -> JointVerdict:
+    """Combines what one suspect's answers say under several keys; see :func:`judge_keys`.
+
+    Args:
+        cases: The verdict, and the key, for every key that was committed to; at least one.
+
+    Raises:
+        ValueError: If there is no key, two keys share their salt, or the verdicts were made at different levels.
+    """
+    keys, verdicts = [key for _, key in cases], tuple(verdict for verdict, _ in cases)
     if not keys:
         raise ValueError("A joint verdict needs the answers to at least one key, got none.")
     if len({key.salt for key in keys}) < len(keys):
@@ -134,7 +146,13 @@ def judge_keys(cases: Sequence[tuple[Responses, WatermarkKey]], alpha: float = 1
             f"Two of the {len(keys)} keys share their salt, so their decoys are not separate draws. Give every key once, each drawn "
             "from a secret of its own."
         )
-    verdicts = tuple(judge(responses, key, alpha) for responses, key in cases)
+    levels = sorted({verdict.alpha for verdict in verdicts})
+    if len(levels) > 1:
+        raise ValueError(
+            f"The verdicts were made at different levels ({', '.join(f'{level:g}' for level in levels)}), and a joint one has one level that was "
+            "fixed before. Verify every key at the same alpha."
+        )
+    [alpha] = levels
     decoy_p = combine_fisher([verdict.decoy_p for verdict in verdicts])
     mcnemar_p = combine_fisher([max(verdict.mcnemar_p, 1e-300) for verdict in verdicts])
     smallest_p = combine_fisher([verdict.smallest_p for verdict in verdicts])
