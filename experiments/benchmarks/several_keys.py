@@ -5,7 +5,7 @@
 ``together: [1, 2]`` marks one victim with each of the keys alone, and one with every two neighbours in their ring, so that every key
 is embedded equally often. Each victim is stolen by all thefts of the experiment, and every model is judged once for all of its victim's keys
 (:func:`~meadef_lightning.verification.combination.judge_keys`: Fisher's combination of the decoy p-values). The innocent models, which are
-trained once a seed, are judged for the same sets of keys. Every model is a stage on disk and every judged set a file: an interrupted study
+trained once a seed, are judged for the same sets of keys. Every model is a stage on disk and every judged set one, too: an interrupted study
 goes on, and one that is finished is read.
 
 Written: ``several_keys.csv`` (every model under every set of keys) and ``several_keys.md`` (means and 95 % t-intervals over sets).
@@ -31,7 +31,8 @@ from meadef_lightning.experiment.artifacts import make_directory, read_json, wri
 from meadef_lightning.experiment.load import Experiment, load_experiment
 from meadef_lightning.experiment.seed_run import SeedRun, Suspect
 from meadef_lightning.experiment.spec import ExperimentSpec, Model, TrainerOptions
-from meadef_lightning.experiment.stages import train_stage
+from meadef_lightning.experiment.stage_directory import Stage
+from meadef_lightning.experiment.stages import RESULT, train_stage
 from meadef_lightning.experiment.training import derived_seed
 from meadef_lightning.quiet import quiet
 from meadef_lightning.verification import Responses, verify
@@ -83,8 +84,14 @@ class SeveralKeys(SeedRun):
     """
 
     def __init__(self, experiment: Experiment, root: Path, seed: int, keys: Sequence[WatermarkKey]) -> None:
-        super().__init__(experiment, root, seed)
         self.keys = list(keys)
+        super().__init__(experiment, root, seed)
+
+    def _key(self) -> WatermarkKey:
+        """Keeps all keys beside the victim; stages are tracked under the first."""
+        for i, key in enumerate(self.keys):
+            key.save(self.root / f"watermark-{i}.key.json")
+        return self.keys[0]
 
     def victim(self, name: str) -> dict[str, Any]:
         """Trains the victim with all keys, each embedded by a callback of its own."""
@@ -144,13 +151,16 @@ class Study:
     def rows(self, secrets: Sequence[str]) -> list[Row]:
         """Marks a victim with the keys of these secrets, steals and judges it, or reads what was found."""
         root = make_directory(self.root / "+".join(secret.replace(" ", "-") for secret in secrets))
-        done = root / "rows.json"
-        if not done.exists():
-            write_json_atomic(done, [asdict(row) for row in self._judged(secrets, root)])
-        return [Row(**row) for row in read_json(done)]
-
-    def _judged(self, secrets: Sequence[str], root: Path) -> list[Row]:
         keys = [self.key(secret) for secret in secrets]
+        asked = {f"key-{i}": key.commitment() for i, key in enumerate(keys)}
+        inputs = {**self.run.base, "config": self.experiment.hash_of(self.experiment.config()), **asked}
+        with Stage(root / "judged", "judged", inputs) as stage:
+            if not stage.done:
+                rows = self._judged(secrets, keys, root)
+                write_json_atomic(stage.directory / RESULT, [asdict(row) for row in rows])
+        return [Row(**row) for row in read_json(stage.directory / RESULT)]
+
+    def _judged(self, secrets: Sequence[str], keys: Sequence[WatermarkKey], root: Path) -> list[Row]:
         marked = SeveralKeys(self.experiment, root, self.seed, keys)
         for name in self.run.spec.reference_names:
             self.run.reference(name)
@@ -203,7 +213,7 @@ def rings(secrets: Sequence[str], size: int) -> list[list[str]]:
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Means and 95 % t-intervals over sets of keys and seeds: keys together, model, cost, accuracy, WSR, WFPR, supported, largest p.
+    """Means and 95 % t-intervals over sets of keys and seeds: keys together, model, cost, accuracy, WSR, WFPR, supported, smallest and largest p.
 
     Controls stand in one line a size.
     """

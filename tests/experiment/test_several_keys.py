@@ -71,23 +71,25 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     plain.victim("victim")
     study = several_keys.Study([file], [], tmp_path / "out" / "seed-3", 3)
     both = several_keys.SeveralKeys(
-        study.experiment, tmp_path / "out" / "seed-3" / "one+two", 3, plain_keys := [study.key("one"), study.key("two")]
+        study.experiment, tmp_path / "out" / "seed-3" / "one+two", 3, keys := [study.key("one"), study.key("two")]
     )
-    alone = several_keys.SeveralKeys(study.experiment, tmp_path / "out" / "seed-3" / "two", 3, plain_keys[1:])
+    alone = several_keys.SeveralKeys(study.experiment, tmp_path / "out" / "seed-3" / "two", 3, keys[1:])
     weights = plain.load_victim().state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in alone.load_victim().state_dict().items())
     assert any(not torch.equal(value, weights[name]) for name, value in both.load_victim().state_dict().items())
     assert {f"watermark-{i}/ver" for i in range(2)} <= set(both.victim("victim")["metrics"])
 
     # two keys are judged together: Fisher's product of what each gives alone
-    assert [key.commitment() for key in plain_keys] == [
+    assert [key.commitment() for key in keys] == [
         WatermarkKey.draw(10, secret).commitment() for secret in ("one", "two")
     ]
+    kept = [WatermarkKey.load(both.root / f"watermark-{i}.key.json") for i in range(2)]
+    assert [key.commitment() for key in kept] == [key.commitment() for key in keys]
     settings = asdict(both.spec.verification)
     model, reference = both.load_victim(), study.run.load_reference("reference")
     verdicts = [
         verify(model, key, both.data, reference=verify(reference, key, both.data, **settings)[1], **settings)[0]
-        for key in plain_keys
+        for key in keys
     ]
     product = stats.chi2.sf(-2 * sum(torch.tensor([v.decoy_p for v in verdicts]).double().log()).item(), 4)
     found = next(row for row in rows if (row["keys"], row["suspect"]) == ("one, two", "victim"))
@@ -99,3 +101,6 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("meadef_lightning.experiment.stages.fit", None)
     monkeypatch.setattr(several_keys, "verify", None)
     assert several_keys.main([file], **options).rows == section.rows
+    # what was made with other options is not read for these
+    with pytest.raises(MisconfigurationException, match="inputs"):
+        several_keys.main([file], **options, overrides=["--verification.samples", "30"])
