@@ -55,6 +55,12 @@ RECIPES: dict[str, list[str]] = {
     "ver .2 tilt .5": _weights(0.5, ver=0.2),
     "ver .3 tilt .6": _weights(0.6, ver=0.3),
     "com .1": _weights(com=0.1),
+    "com 1": _weights(com=1.0),
+    "com 1 T 4": [*_weights(com=1.0), f"{_CALLBACK}.temperature", "4.0"],
+    "com 1 coupled": [*_weights(com=1.0), f"{_CALLBACK}.detach_sources", "false"],
+    "every 2": [f"{_CALLBACK}.every_n_steps", "2"],
+    "from scratch": [f"{_CALLBACK}.start", "0.0"],
+    "last-layer MGDA": [f"{_CALLBACK}.balancing", "meadef_lightning.watermark.LastLayerMGDA"],
 }
 COLUMNS = ("recipe", "key", "seed", "cost", "suspect", "labels", "accuracy", "wsr", "wfpr", "p_value", "verdict")
 

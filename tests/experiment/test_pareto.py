@@ -1,14 +1,16 @@
 """The recipe study: its arithmetic on made-up cells, and a real study of two recipes at test size."""
 
 import csv
+import json
 import shutil
 import sys
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from meadef_lightning.experiments.benchmarks import answer_lean, pareto
-from small import merged, shrink, write
+from small import EXPERIMENTS, merged, shrink, write
 
+from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.watermark import WatermarkKey, default_combiners
 
 
@@ -125,3 +127,12 @@ def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
     assert sum(line.startswith("| k-seed-0 |") for line in printed) == 2
     with pytest.raises(MisconfigurationException, match=r"no report\.json below"):
         answer_lean.main([str(tmp_path / "nothing")])
+
+
+def test_every_recipe_is_another_one():
+    built = {}
+    for name, overrides in pareto.RECIPES.items():
+        experiment = load_experiment([EXPERIMENTS / "digits/supervised.yaml"], overrides)
+        experiment.build()  # its values are fit for what they are given to
+        built[name] = json.dumps([experiment.config("watermark.callback"), experiment.config("victim")], sort_keys=True)
+    assert len(set(built.values())) == len(built)
