@@ -27,6 +27,7 @@ def test_no_yaml_is_forgotten():
         "digits/supervised.yaml",
         "digits/extraction.yaml",
         "fashion_mnist/extraction.yaml",
+        "fashion_mnist/vgg_thief.yaml",
         "cifar10/supervised.yaml",
         "cifar10/small.yaml",
         "cifar10/all_images.yaml",
@@ -163,6 +164,15 @@ def test_fashion_mnist(tmp_path):
     root = str(fake_fashion_mnist(tmp_path / "data"))
     report = run(shrink(merged("fashion_mnist/supervised.yaml"), root=root, download=False), tmp_path)
     assert report["suspects"][2]["queries"] == 80
+
+
+def test_a_thief_with_another_network_on_fashion_mnist(tmp_path):
+    root = str(fake_fashion_mnist(tmp_path / "data"))
+    files = ("fashion_mnist/supervised.yaml", "overlays/all_images.yaml", "fashion_mnist/vgg_thief.yaml")
+    report = run(shrink(merged(*files), root=root, download=False), tmp_path)
+    assert [row["name"] for row in report["suspects"] if row["kind"] == "extracted"] == ["soft-vgg"]
+    stolen = yaml.safe_load((tmp_path / "out" / "soft-vgg" / "config.yaml").read_text())
+    assert stolen["model"]["init_args"]["network"]["class_path"].endswith("VGGLike")
 
 
 @pytest.mark.parametrize(
