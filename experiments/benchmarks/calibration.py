@@ -19,7 +19,6 @@ Other data: ``--data meadef_lightning.data.FashionMNISTDataModule --data.victim_
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -40,6 +39,7 @@ from meadef_lightning.data import RandomShiftFlip
 from meadef_lightning.data.base import SplitDataModule
 from meadef_lightning.experiment.artifacts import (
     config_hash,
+    csv_text,
     make_directory,
     read_json,
     write_bytes_atomic,
@@ -308,11 +308,7 @@ def study(
         "icc": float(np.mean([row["icc"] for row in listed if row["icc"] is not None])),
         "power": power(rows),
     }
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(listed[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(listed)
-    write_text_atomic(output / "calibration.csv", text.getvalue())
+    write_text_atomic(output / "calibration.csv", csv_text(listed[0], listed))
     write_json_atomic(output / "calibration.json", json.loads(json.dumps(result)))
     write_text_atomic(output / "calibration.md", markdown(result, len(ARCHITECTURES)))
     draw_figure(result, rates, [row["wsr"] for row in rows], output / "calibration.png")

@@ -18,8 +18,6 @@ scheme, model and seed) and ``ssl_baselines.md`` (means and 95 % t-intervals ove
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +30,7 @@ from meadef_lightning.experiments.benchmarks.measuring import Section, show
 from torch import Tensor, nn
 
 from meadef_lightning.experiment.aggregate import Estimate
-from meadef_lightning.experiment.artifacts import make_directory, write_text_atomic
+from meadef_lightning.experiment.artifacts import csv_text, make_directory, write_text_atomic
 from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.seed_run import SeedRun
 from meadef_lightning.experiment.stages import extraction_stage, train_stage
@@ -288,11 +286,7 @@ def main(
     for seed in seeds:
         study = Study(files, overrides or [], output / f"seed-{seed}", seed, {**GUARD, **(guard or {})}, guard_epochs)
         rows += study.rows()
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-        write_text_atomic(output / "ssl_baselines.csv", text.getvalue())
+        write_text_atomic(output / "ssl_baselines.csv", csv_text(Row.__dataclass_fields__, map(asdict, rows)))
     section = Section(
         "Watermarks of encoders under theft",
         f"python -m meadef_lightning.experiments.benchmarks.ssl_baselines --seeds '{json.dumps(seeds)}'",

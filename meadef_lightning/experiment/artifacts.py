@@ -6,13 +6,15 @@ new one, never half of either.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NoReturn
@@ -88,6 +90,20 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o
 def write_text_atomic(path: str | os.PathLike[str], text: str, mode: int = 0o644) -> Path:
     """Writes UTF-8 text as `write_bytes_atomic` does; newlines are written as they are given."""
     return write_bytes_atomic(path, text.encode("utf-8"), mode)
+
+
+def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a header, lines ended by one newline.
+
+    Args:
+        columns: the columns, in order; what else a row holds is left out.
+        rows: mappings from column to value; a missing value is left empty.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any, mode: int = 0o644) -> Path:

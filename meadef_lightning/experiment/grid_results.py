@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from meadef_lightning.experiment import figure_style
 from meadef_lightning.experiment.aggregate import Estimate
-from meadef_lightning.experiment.artifacts import make_directory, write_text_atomic
+from meadef_lightning.experiment.artifacts import csv_text, make_directory, write_text_atomic
 from meadef_lightning.experiment.grid import Cell, Grid
 from meadef_lightning.experiment.grid_views import COLUMNS, TITLES, FigureView, Of, TableView, View
 from meadef_lightning.experiment.render import NOT_ASKED
@@ -85,12 +83,8 @@ def records_of(cell: Cell, report: Report) -> dict[Of, list[Record]]:
 
 def to_csv(records: Sequence[Record], axes: Sequence[str], of: Of) -> str:
     """Records as CSV, axes first; rates are fractions."""
-    text = io.StringIO()
     columns = ["cell", *axes, *(name for name in COLUMNS[of] if name not in ("cell", "supported"))]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
+    return csv_text(columns, records)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from meadef_lightning.experiment.artifacts import csv_text
 
 
 def row_identity(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
@@ -29,12 +30,8 @@ def logged_rows(logs: Path) -> Iterator[dict[str, str]]:
 def join_metrics(logs: Path) -> str:
     """Joins the metrics of all attempts at a stage, in order, into one CSV text with all their columns; none is told twice."""
     rows = list({row_identity(row): row for row in logged_rows(logs)}.values())
-    text = io.StringIO()
     columns = sorted({name for row in rows for name in row}, key=lambda name: (name not in ("epoch", "step"), name))
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(columns, rows)
 
 
 def last_metrics(logs: Path) -> dict[str, float]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import csv
 import dataclasses
 import hashlib
-import io
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meadef_lightning.experiment.aggregate import AggregateRow, aggregate
-from meadef_lightning.experiment.artifacts import make_directory, write_json_atomic, write_text_atomic
+from meadef_lightning.experiment.artifacts import csv_text, make_directory, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -198,11 +196,7 @@ def to_csv(report: Report) -> str:
     for row in report.suspects:
         low, high = row.wsr_ci
         lines.append({**dataclasses.asdict(row), "role": "suspect", "seed": row.seed, "wsr_low": low, "wsr_high": high})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"experiment": report.experiment, **line} for line in lines)
-    return text.getvalue()
+    return csv_text(CSV_COLUMNS, ({"experiment": report.experiment, **line} for line in lines))
 
 
 def to_html(report: Report, figures: Sequence[ReportFigure] = (), extras: ReportExtras | None = None) -> str:

@@ -1,7 +1,9 @@
 """Files of an experiment: old or new but never half, and hashes that say whether something is still the same."""
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from meadef_lightning.experiment import artifacts
 from meadef_lightning.experiment.artifacts import (
     OutputError,
     config_hash,
+    csv_text,
     file_sha256,
     make_directory,
     read_json,
@@ -48,6 +51,17 @@ def test_json_comes_back_as_written(tmp_path, obj):
 
 def test_text_is_written_as_given(tmp_path):
     assert write_text_atomic(tmp_path / "a.txt", "é\r\nb\n").read_bytes() == b"\xc3\xa9\r\nb\n"
+
+
+# all but a lone carriage return, which the csv module does not quote if lines end otherwise
+_CELL = st.text(st.characters(codec="utf-8", exclude_characters="\r"))
+
+
+@given(st.lists(st.fixed_dictionaries({"a": _CELL, 'b,"\n': _CELL, "unused": _CELL}), max_size=5))
+def test_csv_comes_back_as_written(rows):
+    columns = ['b,"\n', "a", "missing"]
+    written = list(csv.reader(io.StringIO(csv_text(columns, rows), newline="")))
+    assert written == [columns, *([row[columns[0]], row["a"], ""] for row in rows)]
 
 
 def test_permissions_follow_mode_and_umask(tmp_path):
