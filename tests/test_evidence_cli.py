@@ -272,6 +272,11 @@ def test_evidence_under_several_keys_is_combined(two_keys, capsys):
     assert "two/evidence.json: " in text
     assert "All keys that were committed to must be among them" in text
     assert "black box" not in text
+    # what is there stays
+    one = ["evidence", "combine", "one", "--key", "k.json", "--output"]
+    before = Path("one/evidence.json").read_bytes()
+    assert "is not overwritten" in fails([*one, "one/evidence.json"], capsys)
+    assert Path("one/evidence.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from meadef_lightning.experiment.keys import (
     data_module,
     read_document,
     read_secret,
+    refuse_overwriting,
     refuse_secrets,
     say,
 )
@@ -118,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument(
         "--key", type=Path, action="append", required=True, help="Key file; repeat it for every key, in any order."
     )
-    combine.add_argument("--output", type=Path, help="Where to write the joint verdict as JSON.")
+    combine.add_argument("--output", type=Path, help="New JSON file for the joint verdict.")
     return parser
 
 
@@ -200,6 +201,8 @@ def _combine(options: argparse.Namespace, rest: list[str]) -> None:
         raise ValueError(
             f"meadef evidence combine does not know {shlex.join(rest)}; see meadef evidence combine --help."
         )
+    if options.output is not None:
+        refuse_overwriting(options.output)
     keys = {key.commitment(): key for key in map(WatermarkKey.load, options.key)}
     pieces = [Evidence.load(_file(path)) for path in options.evidence]
     told = [piece.key["commitment"] for piece in pieces]

@@ -241,7 +241,8 @@ def say(*lines: str) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-def _refuse_overwriting(path: Path) -> None:
+def refuse_overwriting(path: Path) -> None:
+    """Raises ``FileExistsError`` if there is something at a path where a command would write."""
     if path.exists():
         raise FileExistsError(f"{path} exists already and is not overwritten: choose another path with --output.")
 
@@ -258,7 +259,7 @@ def _facts(key: WatermarkKey) -> list[str]:
 
 
 def _draw(options: argparse.Namespace) -> None:
-    _refuse_overwriting(options.output)
+    refuse_overwriting(options.output)
     # a mistake is found before anything is typed
     space = KeySpace(options.classes, default_combiners(options.without))
     secret = read_secret(options, ask=True) or b""
@@ -314,7 +315,7 @@ def _check(options: argparse.Namespace) -> None:
 def _commit(options: argparse.Namespace, rest: list[str]) -> None:
     request = options.output.with_suffix(".tsq")
     for path in (options.output, request):
-        _refuse_overwriting(path)
+        refuse_overwriting(path)
     key = None if options.key is None else WatermarkKey.load(options.key)
     if options.model is not None and not options.model.is_file():
         raise ValueError(f"There is no model specification {options.model}.")
