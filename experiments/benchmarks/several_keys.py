@@ -13,11 +13,9 @@ Written: ``several_keys.csv`` (every model under every set of keys) and ``severa
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,10 +25,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from meadef_lightning.experiments.benchmarks.measuring import Section, show
 
 from meadef_lightning.experiment.aggregate import Estimate
-from meadef_lightning.experiment.artifacts import make_directory, read_json, write_json_atomic, write_text_atomic
+from meadef_lightning.experiment.artifacts import (
+    csv_text,
+    make_directory,
+    read_json,
+    write_json_atomic,
+    write_text_atomic,
+)
 from meadef_lightning.experiment.load import Experiment, load_experiment
 from meadef_lightning.experiment.seed_run import SeedRun, Suspect
-from meadef_lightning.experiment.spec import ExperimentSpec, Model, TrainerOptions
+from meadef_lightning.experiment.spec import Model, TrainerOptions
 from meadef_lightning.experiment.stage_directory import Stage
 from meadef_lightning.experiment.stages import RESULT, train_stage
 from meadef_lightning.experiment.training import derived_seed
@@ -121,18 +125,15 @@ class Study:
     """
 
     def __init__(self, files: Sequence[Path], overrides: Sequence[str], root: Path, seed: int) -> None:
-        self.files: list[str | Path] = list(files)
-        self.overrides, self.root, self.seed = list(overrides), root, seed
-        self.experiment = load_experiment(self.files, self.overrides)
+        self.root, self.seed = root, seed
+        self.experiment = load_experiment(list(files), list(overrides))
         self.run = SeedRun(self.experiment, root / "innocent", seed)
         self._references: dict[str, list[Responses]] = {}
 
     def key(self, secret: str) -> WatermarkKey:
         """Draws the key of a secret, from what the experiment draws from."""
-        drawn = ["--watermark.key.file", "null", "--watermark.key.secret_env", "null"]
-        overrides = [*self.overrides, *drawn, "--watermark.key.public_secret", secret]
-        spec: ExperimentSpec = load_experiment(self.files, overrides).build()
-        return spec.watermark.key.resolve(self.run.data.num_classes)
+        source = replace(self.run.spec.watermark.key, file=None, secret_env=None, public_secret=secret)
+        return source.resolve(self.run.data.num_classes)
 
     def ask(self, model: Model, key: WatermarkKey, **options: Any) -> Responses:
         """Asks a model the questions of one key."""
@@ -261,11 +262,7 @@ def main(
         study = Study(files, overrides or [], output / f"seed-{seed}", seed)
         for secrets in sets:
             rows += study.rows(secrets)
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-            write_text_atomic(output / "several_keys.csv", text.getvalue())
+            write_text_atomic(output / "several_keys.csv", csv_text(Row.__dataclass_fields__, map(asdict, rows)))
     section = Section(
         "Several keys in one model",
         f"python -m meadef_lightning.experiments.benchmarks.several_keys --together '{json.dumps(together)}' --seeds '{json.dumps(seeds)}'",
