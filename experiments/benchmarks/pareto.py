@@ -12,15 +12,13 @@ accuracy cost of at most one point.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import itertools
 import shutil
 from pathlib import Path
 from typing import Any
 
 from meadef_lightning.experiment.aggregate import Estimate
-from meadef_lightning.experiment.artifacts import make_directory, read_json, write_text_atomic
+from meadef_lightning.experiment.artifacts import csv_text, make_directory, read_json, write_text_atomic
 from meadef_lightning.experiment.figure_style import BLUE, VERMILION, house_style, new_figure, save
 from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.pipeline import run
@@ -92,8 +90,8 @@ def cell(arguments: argparse.Namespace, recipe: str, key: str, seed: int, shared
         if (shared / name).exists() and not (output / name).exists():
             copy_stage(shared / name, output / name)
     report = output / "report.json"
-    if not report.exists():
-        run(experiment, output)
+    if not report.exists() or (output / "config.yaml").read_text(encoding="utf-8") != experiment.yaml():
+        run(experiment, output)  # refuses what was trained with other options
     make_directory(shared)
     for name in stages:
         if (output / name).exists() and not (shared / name).exists():
@@ -196,11 +194,7 @@ def main() -> None:
     make_directory(arguments.output)
     for recipe, key, seed in itertools.product(arguments.recipes, arguments.keys, arguments.seeds):
         rows += cell(arguments, recipe, key, seed, arguments.output / "shared" / f"seed-{seed}" / "as-it-is")
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text_atomic(arguments.output / "pareto.csv", text.getvalue())
+        write_text_atomic(arguments.output / "pareto.csv", csv_text(COLUMNS, rows))
         table, points = summary(rows)
         write_text_atomic(arguments.output / "pareto.md", table)
     if points:

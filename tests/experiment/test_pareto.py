@@ -116,8 +116,15 @@ def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
         trained = {path.stat().st_mtime_ns for path in (tmp_path / "out").glob(f"*/k-seed-0/{name}/result.json")}
         assert len(trained) == 2
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 5000
-    monkeypatch.setattr(pareto, "run", lambda *_: pytest.fail("ran again"))
-    pareto.main()
+    with monkeypatch.context() as patch:
+        patch.setattr(pareto, "run", lambda *_: pytest.fail("ran again"))
+        pareto.main()
+    assert (tmp_path / "out" / "pareto.csv").read_text() == text
+
+    config["victim"]["model"]["init_args"]["label_smoothing"] = 0.3
+    write(config, file)
+    with pytest.raises(MisconfigurationException, match="made from other inputs"):
+        pareto.main()
     assert (tmp_path / "out" / "pareto.csv").read_text() == text
 
     answer_lean.main([str(tmp_path / "out" / "default"), str(tmp_path / "out" / "no-tilt"), "--epochs", "1"])
