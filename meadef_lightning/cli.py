@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What follows ``meadef`` on the command line; the process's own by default.
 
     Raises:
-        SystemExit: With 1 and a message after a user's error, 2 for an unknown command, 130 after Ctrl-C.
+        SystemExit: With 1 and a message after a user's error, 2 for an unknown command, 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
@@ -201,17 +201,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # what Lightning makes of Ctrl-C during a training
         if isinstance(stop.__context__, KeyboardInterrupt):
             _interrupted(command)
+        # and of SIGTERM, with which the program would end as if all were done
+        if type(stop).__name__ == "SIGTERMException":
+            _interrupted(command, 143)
         raise
     except Exception as error:
         _explain(command, error)
         raise
 
 
-def _interrupted(command: str) -> NoReturn:
-    """Ends the program after Ctrl-C."""
+def _interrupted(command: str, status: int = 130) -> NoReturn:
+    """Ends the program after Ctrl-C or SIGTERM."""
     kept = "; the same command goes on from here" if command in ("demo", "run", "grid", "verify") else ""
     sys.stderr.write(f"\nmeadef {command}: interrupted{kept}.\n")
-    sys.exit(130)
+    sys.exit(status)
 
 
 def _explain(command: str, error: Exception) -> None:

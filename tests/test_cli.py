@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
 from meadef_lightning import cli
@@ -332,6 +332,17 @@ def test_ctrl_c(command, told, training, monkeypatch, capsys):
         main([command])
     assert stop.value.code == 130
     assert capsys.readouterr().err == f"\nmeadef {command}: interrupted{told}.\n"
+
+
+def test_sigterm(monkeypatch, capsys):
+    def interrupted(_):
+        raise SIGTERMException  # as Lightning does
+
+    monkeypatch.setitem(cli._COMMANDS, "run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["run"])
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == "\nmeadef run: interrupted; the same command goes on from here.\n"
 
 
 def test_other_exits_stay_as_they_are(monkeypatch, capsys):

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
 from meadef_lightning import processes
@@ -142,6 +142,8 @@ def fit(
         trainer.save_checkpoint(directory / MODEL, weights_only=True)
         if isinstance(model, Classifier):
             metrics.update({name: float(value) for name, value in _tested(trainer, model, data, options).items()})
+        if trainer.received_sigterm:
+            raise SIGTERMException  # during the last batch, after which Lightning does not look for it
     if is_rank_zero():
         write_text_atomic(directory / "metrics.csv", join_metrics(directory / "logs"))
     return metrics

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 
 from meadef_lightning.verification.datamodule import VerificationDataModule
@@ -98,6 +98,8 @@ class VerificationCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Puts the answers of a batch in their places."""
+        if trainer.received_sigterm:
+            raise SIGTERMException  # as Lightning itself does in training and testing, but not here: the signal would be lost
         positions, data = batch[1], self._data(trainer)
         soft = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
         if not soft and (

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import re
+import signal
 import stat
 
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from small import QUIET, merged, shrink, write
 
 from meadef_lightning.experiment import stages
@@ -156,6 +158,22 @@ def test_interrupted_run_ends_in_the_same_report(finished, config, tmp_path, mon
     )
     epochs = [line.split(",")[0] for line in (tmp_path / "out" / "victim" / "metrics.csv").read_text().splitlines()[1:]]
     assert {"0", "1", "2", "3"} <= set(epochs)
+
+
+def test_sigterm_in_the_last_test_batch_ends_the_run(config, tmp_path, monkeypatch):
+    whole_step = SupervisedVictim.test_step
+
+    def told(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole_step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SupervisedVictim, "test_step", told)
+        with pytest.raises(SIGTERMException):
+            start(config, tmp_path, tmp_path / "out", "--trainer.limit_test_batches", "1")
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/stage.json"))
+    assert (record["status"], record["error"]) == ("failed", "interrupted")
+    assert not list((tmp_path / "out").glob("*/result.json"))
 
 
 def test_other_configuration_in_the_same_directory_is_refused(finished, config, tmp_path):

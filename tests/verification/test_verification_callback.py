@@ -1,6 +1,7 @@
 """Verification inside of a Trainer of one's own, in one process and in two."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringDataModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from silent import SILENT
 from verification_fakes import KEY, FakeData, Soft, Thief
 
@@ -62,6 +63,29 @@ def test_a_run_cut_short_is_no_verdict():
     data = VerificationDataModule(KEY, FakeData(), samples=60, decoy_samples=4, batch_size=20)
     with pytest.raises(ValueError, match=r"40 of 60 trigger samples were not asked.*limit_predict_batches"):
         predict(SuspectModule(Thief(KEY)), VerificationCallback(KEY), data, limit_predict_batches=1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_sigterm_ends_it(last, tmp_path):
+    class Told(Thief):
+        """The scheduler wants the machine back while this suspect answers."""
+
+        asked = 0
+
+        def forward(self, x):
+            self.asked += len(x)
+            if self.asked >= (questions if last else 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(x)
+
+    data = VerificationDataModule(KEY, FakeData(), samples=60, decoy_samples=4, batch_size=20)
+    data.setup("predict")
+    questions = sum(len(loader.dataset) for loader in data.predict_dataloader())
+    suspect = Told(KEY)
+    with pytest.raises(SIGTERMException):
+        predict(SuspectModule(suspect), VerificationCallback(KEY, evidence_path=tmp_path / "evidence.json"), data)
+    assert suspect.asked == (questions if last else 20)
+    assert not (tmp_path / "evidence.json").exists()
 
 
 def test_the_callback_needs_its_own_data_key_and_suspect_module():
