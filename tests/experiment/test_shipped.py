@@ -28,9 +28,11 @@ def test_no_yaml_is_forgotten():
         "digits/extraction.yaml",
         "fashion_mnist/extraction.yaml",
         "fashion_mnist/vgg_thief.yaml",
+        "fashion_mnist/ablation.yaml",
         "cifar10/supervised.yaml",
         "cifar10/small.yaml",
         "cifar10/all_images.yaml",
+        "cifar10/nine_layers.yaml",
         "overlays/all_images.yaml",
         *ROBUSTNESS,
         *SELF_SUPERVISED,
@@ -166,30 +168,41 @@ def test_fashion_mnist(tmp_path):
     assert report["suspects"][2]["queries"] == 80
 
 
-def test_a_thief_with_another_network_on_fashion_mnist(tmp_path):
-    root = str(fake_fashion_mnist(tmp_path / "data"))
-    files = ("fashion_mnist/supervised.yaml", "overlays/all_images.yaml", "fashion_mnist/vgg_thief.yaml")
-    report = run(shrink(merged(*files), root=root, download=False), tmp_path)
-    assert [row["name"] for row in report["suspects"] if row["kind"] == "extracted"] == ["soft-vgg"]
-    stolen = yaml.safe_load((tmp_path / "out" / "soft-vgg" / "config.yaml").read_text())
-    assert stolen["model"]["init_args"]["network"]["class_path"].endswith("VGGLike")
-
-
 @pytest.mark.parametrize(
-    ("files", "images"),
+    ("overlays", "thefts"),
     [
-        (("fashion_mnist/supervised.yaml", "overlays/all_images.yaml"), 60_000),
-        (("cifar10/small.yaml", "cifar10/all_images.yaml"), 50_000),
+        (("overlays/all_images.yaml", "fashion_mnist/vgg_thief.yaml"), {"soft-vgg": "VGGLike"}),
+        (("fashion_mnist/ablation.yaml",), {"soft": "DigitsCNN", "hard": "DigitsCNN"}),
     ],
 )
-def test_all_images_with_the_default_recipe(files, images):
-    """Read and built only, as the files beneath them run above and below."""
-    experiment = load_experiment([EXPERIMENTS / name for name in files])
-    sizes = experiment.config("data.init_args")
+def test_other_thefts_on_fashion_mnist(overlays, thefts, tmp_path):
+    root = str(fake_fashion_mnist(tmp_path / "data"))
+    config = shrink(merged("fashion_mnist/supervised.yaml", *overlays), root=root, download=False)
+    report = run(config, tmp_path)
+    assert [row["name"] for row in report["suspects"] if row["kind"] == "extracted"] == list(thefts)
+    for name, network in thefts.items():
+        stolen = yaml.safe_load((tmp_path / "out" / name / "config.yaml").read_text())
+        assert stolen["model"]["init_args"]["network"]["class_path"].endswith(network)
+
+
+ALL_IMAGES = {
+    ("fashion_mnist/supervised.yaml", "overlays/all_images.yaml"): 60_000,
+    ("cifar10/small.yaml", "cifar10/all_images.yaml"): 50_000,
+}
+
+
+@pytest.mark.parametrize("files", ALL_IMAGES)
+def test_all_images(files):
+    """Read and built only, here and below, as the files beneath them run above and below."""
+    sizes = load_experiment([EXPERIMENTS / name for name in files]).config("data.init_args")
     parts = ("victim_size", "attacker_size", "verification_size", "validation_size")
-    assert 0.9 * images < sum(sizes[name] for name in parts) <= images  # of the training set
+    assert 0.9 * ALL_IMAGES[files] < sum(sizes[name] for name in parts) <= ALL_IMAGES[files]  # of the training set
+
+
+@pytest.mark.parametrize("files", [*ALL_IMAGES, ("fashion_mnist/supervised.yaml", "fashion_mnist/ablation.yaml")])
+def test_the_default_recipe(files):
     key = WatermarkKey.draw(10, "a secret")
-    callback = experiment.build().watermark.callback(key)
+    callback = load_experiment([EXPERIMENTS / name for name in files]).build().watermark.callback(key)
     assert isinstance(callback, WatermarkCallback)
     default = WatermarkCallback(key).objective
     assert (callback.objective.tilt, callback.objective.balancing.weights) == (default.tilt, default.balancing.weights)
@@ -205,9 +218,16 @@ def test_the_papers_size_and_recipe(tmp_path):
     assert saved["victim"]["model"]["init_args"]["network"]["class_path"].endswith("NineLayerCNN")
 
 
-@pytest.mark.parametrize("file", ["cifar10/supervised.yaml", "cifar10/small.yaml"])
-def test_cifar10(file, tmp_path):
-    """The same file on an image folder of CIFAR's shape, since CIFAR's own files cannot be had in a test."""
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("cifar10/supervised.yaml",),
+        ("cifar10/small.yaml",),
+        ("cifar10/small.yaml", "cifar10/all_images.yaml", "cifar10/nine_layers.yaml"),
+    ],
+)
+def test_cifar10(files, tmp_path):
+    """The same files on an image folder of CIFAR's shape, since CIFAR's own files cannot be had in a test."""
     import numpy as np
     from PIL import Image
 
@@ -220,7 +240,7 @@ def test_cifar10(file, tmp_path):
                 pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 pixels[:, :, label % 3] //= 1 + label // 3
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    config = shrink(merged(file), root=str(tmp_path / "data"), in_memory=True)
+    config = shrink(merged(*files), root=str(tmp_path / "data"), in_memory=True)
     config["data"]["class_path"] = "meadef_lightning.data.ImageFolderDataModule"
     config["extraction"] = config["extraction"][1:2]
     report = run(config, tmp_path)
