@@ -57,7 +57,8 @@ RECIPES: dict[str, list[str]] = {
     "com 1 T 4": [*_weights(com=1.0), f"{_CALLBACK}.temperature", "4.0"],
     "com 1 coupled": [*_weights(com=1.0), f"{_CALLBACK}.detach_sources", "false"],
     "every 2": [f"{_CALLBACK}.every_n_steps", "2"],
-    "from scratch": [f"{_CALLBACK}.start", "0.0"],
+    # an untrained network has no statistics to keep
+    "from scratch": [f"{_CALLBACK}.start", "0.0", f"{_CALLBACK}.batchnorm", "running"],
     "last-layer MGDA": [f"{_CALLBACK}.balancing", "meadef_lightning.watermark.LastLayerMGDA"],
 }
 COLUMNS = ("recipe", "key", "seed", "cost", "suspect", "labels", "accuracy", "wsr", "wfpr", "p_value", "verdict")

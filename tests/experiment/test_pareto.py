@@ -6,8 +6,10 @@ import shutil
 import sys
 
 import pytest
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from meadef_lightning.experiments.benchmarks import answer_lean, pareto
+from silent import SILENT
 from small import EXPERIMENTS, merged, shrink, write
 
 from meadef_lightning.experiment.load import load_experiment
@@ -136,10 +138,15 @@ def test_a_small_study_shares_and_resumes(tmp_path, monkeypatch, capsys):
         answer_lean.main([str(tmp_path / "nothing")])
 
 
-def test_every_recipe_is_another_one():
-    built = {}
+def test_every_recipe_is_another_one_and_trains():
+    key, built = WatermarkKey.draw(10, "k"), {}
     for name, overrides in pareto.RECIPES.items():
         experiment = load_experiment([EXPERIMENTS / "digits/supervised.yaml"], overrides)
-        experiment.build()  # its values are fit for what they are given to
+        spec = experiment.build()
+        trainer = Trainer(
+            callbacks=[spec.watermark.callback(key)], max_epochs=4, limit_train_batches=2, limit_val_batches=0, **SILENT
+        )
+        trainer.fit(spec.victim.model, spec.data)
+        assert trainer.global_step == 8
         built[name] = json.dumps([experiment.config("watermark.callback"), experiment.config("victim")], sort_keys=True)
     assert len(set(built.values())) == len(built)
