@@ -11,13 +11,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 from rich.progress import track
 from rich.text import Text
@@ -174,9 +176,10 @@ class Plan:
 
         Raises:
             KeyboardInterrupt: After Ctrl-C, once the cell has stopped.
+            SIGTERMException: After SIGTERM, which the cell is told, too.
         """
         log = self.directory(cell) / LOG_FILE
-        with log.open("ab") as file:
+        with log.open("ab") as file, _sigterm_raises():
             begin = file.tell()
             # the interpreter that runs the grid, whatever `meadef` is on the PATH
             process = subprocess.Popen(  # noqa: S603
@@ -187,11 +190,13 @@ class Plan:
             )
             try:
                 code = process.wait()
-            except KeyboardInterrupt:
-                # the terminal has told the cell, too; it needs a moment to mark its stage as interrupted
+            except (KeyboardInterrupt, SIGTERMException) as stop:
+                # a terminal tells the cell of Ctrl-C itself; either way it needs a moment to mark its stage as interrupted
+                if isinstance(stop, SIGTERMException):
+                    process.terminate()
                 try:
                     process.wait(_PATIENCE)
-                except (KeyboardInterrupt, subprocess.TimeoutExpired):
+                except (KeyboardInterrupt, SIGTERMException, subprocess.TimeoutExpired):
                     process.kill()
                     process.wait()
                 raise
@@ -206,6 +211,23 @@ class Plan:
         if code < 0:
             last = f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
         return f"{last.removeprefix('meadef run: ')} (see {log})"
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within, SIGTERM is an exception, as Ctrl-C is: schedulers send it to the grid alone, and its cell would go on without it."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SIGTERMException
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets no handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def of_experiment(options: Sequence[str]) -> list[str]:

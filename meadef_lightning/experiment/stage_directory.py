@@ -33,6 +33,8 @@ STAGE_FILE = "stage.json"
 WANDB_FILE = "wandb.json"
 """Id of the W&B run that follows a stage; see `wandb_tracker`."""
 INTERRUPTED = "interrupted"
+_SIGTERM_STATUS = 143
+"""What a program that SIGTERM ended tells its caller, as shells do: 128 and the signal's number."""
 _MAX_CAUSE_CHARACTERS = 2000
 _WRITE_ONLY = FULL | {errno.EROFS}  # can only come from writing: inside a stage they mean its directory, not an input
 
@@ -188,6 +190,8 @@ class Stage:
             raise OutputError(self.directory, error) from error
         if elsewhere is not None:
             raise processes.ProcessFailedError(elsewhere) from error
+        if cause == INTERRUPTED and isinstance(error, SystemExit) and error.code is None:
+            error.code = _SIGTERM_STATUS  # Lightning gives none, and a script that runs experiments would end as if all were done
 
     def _save(self, record: StageRecord) -> None:
         if is_rank_zero():

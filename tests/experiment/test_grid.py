@@ -1,5 +1,6 @@
 """Grids: expansion, costs, merged results, and the loop that runs cells. What really trains is in test_paper_grids."""
 
+import signal
 import stat
 import subprocess
 import sys
@@ -227,6 +228,20 @@ def test_failures_are_told_and_the_others_go_on(fake, capsys):
     )  # another configuration is another result
     main(["grid", str(small(fake, content)), "--output", str(fake / "out"), "--only", "1"])
     assert len((fake / "calls").read_text().splitlines()) == 6
+
+
+def test_sigterm_ends_the_grid_and_its_cell(fake, capsys):
+    """The cell sends it to the grid, waits to be told itself, and says so."""
+    (fake / "fake.sh").write_text(
+        f"#!/bin/sh\ntrap 'echo told >> {fake}/calls; exit 143' TERM\nkill -TERM $PPID\nwhile :; do sleep 0.05; done\n"
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        main(["grid", str(small(fake, changed(experiment=["tiny.yaml"]))), "--output", str(fake / "out")])
+    assert stopped.value.code == 143
+    assert (fake / "calls").read_text() == "told\n"  # one cell, and no other was begun
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_dry_run_trains_nothing_and_leaves_commands_that_run(fake, capsys):
