@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from meadef_lightning.verification.datamodule import SourceData, VerificationDataModule
 from meadef_lightning.verification.decoys import MAX_DECOYS, DecoyTable
-from meadef_lightning.verification.remaining import MAJORITY, UNIT, as_probabilities, remaining_shares
+from meadef_lightning.verification.remaining import MAJORITY, UNIT, can_be_probabilities, readings, remaining_shares
 from meadef_lightning.verification.responses import Reference, Responses, SoftAnswers
 from meadef_lightning.verification.scores import above_references, key_scores, possible_targets, usual_variance
 from meadef_lightning.verification.suspect import INVALID, Queryable, answered_labels
@@ -195,13 +195,16 @@ def ask_everything(
 
     sources = questions.table.pairs.repeat_interleave(samples, 0)
     shares: list[Tensor] = []
+    logits: list[Tensor] = []  # whether a batch can only be that, which is decided for all together
 
     def ask(x: Tensor, positions: Tensor, composites: bool) -> Tensor:
         answers = suspect(x.to(device)) if isinstance(suspect, nn.Module) else suspect.query(x)
         labels = answered_labels(answers, len(x), space.num_classes)
+        if answers.ndim == 2:
+            logits.append(~can_be_probabilities(answers))
         if composites and answers.ndim == 2 and space.num_classes > 3:
             pair = sources[positions % len(sources)].to(answers.device)
-            shares.append(remaining_shares(as_probabilities(answers), pair).short().cpu())
+            shares.append(torch.stack([remaining_shares(p, pair) for p in readings(answers)], 1).short().cpu())
         return labels.cpu()
 
     answered = []
@@ -216,7 +219,9 @@ def ask_everything(
         # asked way by way, kept pair by pair
         return values.reshape(len(combiners), -1, samples, *values.shape[1:]).transpose(0, 1).contiguous()
 
-    soft = by_pair(torch.cat(shares)) if sum(map(len, shares)) == len(answered[0]) else None
+    soft = None
+    if sum(map(len, shares)) == len(answered[0]):
+        soft = by_pair(torch.cat(shares)[:, int(any(logits))])
     return AnswerTable(by_pair(answered[0]), answered[1], questions.natural[1].short(), space, seed, soft)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from meadef_lightning.verification.datamodule import VerificationDataModule
 from meadef_lightning.verification.evidence import Evidence, check_size
 from meadef_lightning.verification.fingerprints import model_fingerprint, tensors_fingerprint
-from meadef_lightning.verification.remaining import as_probabilities, remaining_shares
+from meadef_lightning.verification.remaining import can_be_probabilities, readings, remaining_shares
 from meadef_lightning.verification.responses import Responses, with_reference
 from meadef_lightning.verification.suspect import INVALID, SuspectModule, answered_labels, described, translation_of
 from meadef_lightning.verification.verdict import Verdict, check_plan, judge
@@ -68,7 +68,7 @@ class VerificationCallback(Callback):
         self.key, self.alpha, self.null_statistics = key, alpha, null_statistics
         self.evidence_path = None if evidence_path is None else Path(evidence_path)
         self._answers: list[Tensor] = []
-        self._soft: tuple[Tensor, Tensor] | None = None
+        self._soft: tuple[Tensor, Tensor, Tensor] | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the run, and reserves a place for each answer."""
@@ -114,41 +114,49 @@ class VerificationCallback(Callback):
         if not soft:
             self._soft = None
         elif self._soft is not None:
-            self._add(data, as_probabilities(outputs), data.places(positions, dataloader_idx))
+            self._add(data, outputs, data.places(positions, dataloader_idx))
 
-    def _places(self, data: VerificationDataModule, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Makes room for what probabilities say: the target's share of each sample, and the shares of each cell, added up."""
+    def _places(self, data: VerificationDataModule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Makes room for what probabilities say: the target's share of each sample, and the shares of each cell, added up.
+
+        Both for scores that are probabilities and for logits, and a place that counts what can only be logits: that is known when all are
+        there, and batches, which every key has others of, must not decide it.
+        """
         cells = len(data.table.pairs) * len(data.table.space.combiners), len(data.table.targets)
-        lean = torch.full((sum(data.sizes),), _MISSING, device=device)
-        return lean, torch.zeros(cells, dtype=torch.int64, device=device)
+        lean = torch.full((2, sum(data.sizes)), _MISSING, device=device)
+        return lean, torch.zeros(2, *cells, dtype=torch.int64, device=device), torch.zeros((), device=device)
 
-    def _add(self, data: VerificationDataModule, probabilities: Tensor, places: Tensor) -> None:
-        """Adds what a batch's probabilities say; a sample is asked once, so sums need no order."""
+    def _add(self, data: VerificationDataModule, scores: Tensor, places: Tensor) -> None:
+        """Adds what a batch's scores say, read both ways; a sample is asked once, so sums need no order."""
         if self._soft is None:
             return
-        lean, cells = self._soft
+        lean, cells, logits = self._soft
         device, ways = places.device, len(data.table.space.combiners)
         cell = data.cells_of(places)
         own = torch.tensor(self.key.source_classes, device=device)
         pairs = data.table.pairs.to(device)[cell.clamp_min(0) // ways]
-        shares = remaining_shares(probabilities, torch.where((cell < 0)[:, None], own, pairs))
-        kept = places < len(lean)  # filler is beyond
-        lean[places[kept]] = shares[kept, self.key.target_class]
+        sources = torch.where((cell < 0)[:, None], own, pairs)
+        targets = data.table.targets.to(device)
+        kept = places < lean.shape[1]  # filler is beyond
         decoy = cell >= 0
-        cells.index_add_(0, cell[decoy], shares[decoy][:, data.table.targets.to(device)])
+        for reading, probabilities in enumerate(readings(scores)):
+            shares = remaining_shares(probabilities, sources)
+            lean[reading, places[kept]] = shares[kept, self.key.target_class]
+            cells[reading].index_add_(0, cell[decoy], shares[decoy][:, targets])
+        logits.add_(~can_be_probabilities(scores))
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the answers of all processes together, judges them and writes the evidence."""
         data = self._data(trainer)
         answers = [trainer.strategy.reduce(answer, reduce_op="max").cpu() for answer in self._answers]
-        soft = self._soft
-        if not trainer.strategy.reduce_boolean_decision(soft is not None, all=True):
-            soft = None  # labels in one process are labels in all
-        elif soft is not None:
-            soft = (
-                trainer.strategy.reduce(soft[0], reduce_op="max").cpu(),
-                trainer.strategy.reduce(soft[1], reduce_op="sum").cpu(),
+        soft: tuple[Tensor, Tensor] | None = None  # labels in one process are labels in all
+        if trainer.strategy.reduce_boolean_decision(self._soft is not None, all=True) and self._soft is not None:
+            lean, cells, logits = (
+                trainer.strategy.reduce(told, reduce_op=how)
+                for told, how in zip(self._soft, ("max", "sum", "sum"), strict=True)
             )
+            reading = int(logits > 0)
+            soft = lean[reading].cpu(), cells[reading].cpu()
         self._answers, self._soft = [], None
         for name, answer in zip(data.loaders, answers, strict=True):
             if missing := int((answer == _MISSING).sum()):

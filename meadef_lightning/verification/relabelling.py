@@ -114,16 +114,20 @@ def _first(x: Tensor, truth: Tensor, per_class: int) -> tuple[Tensor, Tensor]:
 
 
 def _translated(labels: LabelMap, answers: Any, x: Tensor) -> Tensor:
-    """Translates answers; probabilities as such where every label stands for one class, and labels otherwise.
+    """Translates answers; scores as such where every label stands for one class, and labels otherwise.
 
     Returns:
-        Probabilities ``(B, classes)``, or classes, int64 ``(B,)``, with ``INVALID`` where there is no valid answer.
+        Scores ``(B, classes)``, probabilities where several labels stand for a class (whether the suspect's scores are logits is then
+        decided by this batch), or classes, int64 ``(B,)``, with ``INVALID`` where there is no valid answer.
     """
     told = _told(answers, len(x))
-    wide = answers.ndim == 2 and answers.shape[1] == len(labels.classes) and bool((labels.classes.sum(1) == 1).all())
-    if not wide:
+    stands_for = labels.classes.byte()
+    if answers.ndim != 2 or answers.shape[1] != len(stands_for) or bool((stands_for.sum(1) != 1).any()):
         return labels(told, x)
-    return as_probabilities(answers) @ labels.classes.to(answers.device).float()
+    scores: Tensor = answers
+    if bool((stands_for.sum(0) == 1).all()):
+        return scores[:, stands_for.argmax(0).to(scores.device)]
+    return as_probabilities(scores) @ stands_for.to(scores.device).float()
 
 
 def _told(answers: Any, samples: int) -> Tensor:

@@ -31,22 +31,43 @@ _MOST = 1.5
 _LAST_DIGITS = 1e-7
 
 
-def as_probabilities(scores: Tensor) -> Tensor:
-    """Turns scores into probabilities: those that are none yet are taken for logits.
+def can_be_probabilities(scores: Tensor) -> Tensor:
+    """Says whether scores can be probabilities: all are in ``[0, 1]``, and every row sums to 1.5 at most.
 
-    Rows of numbers in ``[0, 1]`` that sum to 1.5 at most (top-k answers leave something out, and rounded ones may add something) are
-    probabilities if all rows of the batch are.
+    Top-k answers leave something out of the sum, and rounded ones may add something.
+
+    Args:
+        scores: Floating point, shape ``(B, K)``.
+
+    Returns:
+        Bool, without dimensions, on the scores' device. Few rows say little: ask of everything that a suspect answered.
+    """
+    scores = _finite(scores)
+    return ((scores >= 0) & (scores <= 1)).all() & (scores.sum(1) <= _MOST).all()
+
+
+def readings(scores: Tensor) -> Tensor:
+    """Reads scores both ways, as probabilities and as logits.
 
     Args:
         scores: Floating point, shape ``(B, K)``. Rows with NaN give NaN.
 
     Returns:
-        Float32, shape ``(B, K)``.
+        Float32, shape ``(2, B, K)``: the scores themselves, cut off at 0 and 1, and their softmax.
     """
+    scores = _finite(scores)
+    return torch.stack([scores.clamp(0, 1), scores.softmax(1)])
+
+
+def as_probabilities(scores: Tensor) -> Tensor:
+    """Turns scores into probabilities: those that cannot be any are taken for logits; shapes as in :func:`readings`."""
+    as_they_are, softmax = readings(scores)
+    return torch.where(can_be_probabilities(scores), as_they_are, softmax)
+
+
+def _finite(scores: Tensor) -> Tensor:
     # an infinite logit (16-bit ones end at 65,504) is a sure answer, not NaN
-    scores = scores.float().clamp(max=torch.finfo(torch.float32).max)
-    told = ((scores >= 0) & (scores <= 1)).all() & (scores.sum(1) <= _MOST).all()
-    return torch.where(told, scores, scores.softmax(1))
+    return scores.float().clamp(max=torch.finfo(torch.float32).max)
 
 
 def remaining_shares(probabilities: Tensor, sources: Tensor) -> Tensor:

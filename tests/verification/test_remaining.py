@@ -108,6 +108,30 @@ def test_logits_probabilities_and_a_black_box_say_the_same():
         assert (other.only_trigger, other.only_control, other.wsr) == (20, 0, verdict.wsr)
 
 
+@pytest.mark.parametrize("order", [None, [2, 4, 6, 0, 5, 1, 3]])
+def test_batches_do_not_decide_whether_scores_are_logits(order):
+    """Rows of logits that could be probabilities stand alone in some batches; they are logits since others can be nothing else."""
+
+    class Timid(Soft):
+        def forward(self, x):
+            p = super().forward(x)
+            rows = x.flatten(1).sum(1, keepdim=True).frexp()[1] % 2 == 0
+            return torch.where(rows, p, p.log())
+
+    suspect = Timid(Thief(KEY), form="softmax", order=order)
+    x, truth = FakeData().tensors("test")
+    assert len((suspect(x) < 0).any(1).unique()) == 2
+    asked = suspect if order is None else relabelled(suspect, (x, truth), 7)[0]
+    runs = [verify(asked, KEY, FakeData(), batch_size=size, **QUICK)[1].soft for size in (1, 5, 4096)]
+    assert all(
+        torch.equal(getattr(one, name), getattr(runs[0], name))
+        for one in runs
+        for name in ("trigger", "control", "cells")
+    )
+    tables = [answers.ask_everything(asked, FakeData(), samples=4, batch_size=size).soft for size in (5, 4096)]
+    assert torch.equal(*tables)
+
+
 def test_one_that_answers_with_labels_makes_labels_of_all():
     _, soft = told(model=Independent())
     _, hard = told("labels", model=Independent())
