@@ -5,8 +5,8 @@
 Each cell is one ``meadef run`` of the experiment (recipe x key x seed) in a directory of its own: an interrupted study goes on where
 it stopped, and finished cells are read. What does not depend on recipe and key (clean twin, references, independent models) is
 trained once a seed and shared. Written: ``pareto.csv`` (every suspect of every cell), ``pareto.md`` (means and 95 % intervals over
-cells), ``pareto.png`` (the fronts). The knee is the recipe on the front whose stolen WSR, soft and hard together, is highest at a mean
-accuracy cost of at most one point.
+cells, and each recipe's difference from the first, cell by cell), ``pareto.png`` (the fronts). The knee is the recipe on the front whose
+stolen WSR, soft and hard together, is highest at a mean accuracy cost of at most one point.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from matplotlib.lines import Line2D
+
 from meadef_lightning.experiment.aggregate import Estimate
 from meadef_lightning.experiment.artifacts import csv_text, make_directory, read_json, write_text_atomic
-from meadef_lightning.experiment.figure_style import BLUE, VERMILION, house_style, new_figure, save
+from meadef_lightning.experiment.figure_style import BLUE, DASHED, VERMILION, house_style, new_figure, save
 from meadef_lightning.experiment.load import load_experiment
 from meadef_lightning.experiment.pipeline import run
 from meadef_lightning.experiment.spec import ExperimentSpec
@@ -144,6 +146,36 @@ def summary(rows: list[dict[str, Any]]) -> tuple[str, dict[str, tuple[float, flo
     return "\n".join(lines) + "\n", points
 
 
+def differences(rows: list[dict[str, Any]]) -> str:
+    """Returns, as Markdown, how each recipe differs from the first in the cells that both have; nothing for a single recipe.
+
+    Keys differ more than recipes do, and here they drop out. In points, mean and 95 % t-interval over the cells' differences.
+    """
+    base, *others = dict.fromkeys(row["recipe"] for row in rows)
+    if not others:
+        return ""
+    of = {
+        recipe: {(row["suspect"], row["key"], row["seed"]): row for row in rows if row["recipe"] == recipe}
+        for recipe in (base, *others)
+    }
+    suspects = [name for name in dict.fromkeys(row["suspect"] for row in rows) if not name.startswith("independent")]
+    suspects = [name for name in suspects if name != "clean"]
+
+    def change(recipe: str, suspect: str, column: str, unit: float = 1.0) -> str:
+        both = [place for place in of[recipe].keys() & of[base].keys() if place[0] == suspect]
+        gains = [unit * (float(of[recipe][place][column]) - float(of[base][place][column])) for place in sorted(both)]
+        return f"{Estimate.of(gains):+}" if gains else "-"
+
+    lines = [
+        f"| against {base} | accuracy cost | " + " | ".join(f"{name} WSR / WFPR" for name in suspects) + " |",
+        "|---" * (2 + len(suspects)) + "|",
+    ]
+    for recipe in others:
+        texts = [f"{change(recipe, name, 'wsr')} / {change(recipe, name, 'wfpr')}" for name in suspects]
+        lines.append(f"| {recipe} | {change(recipe, 'victim', 'cost', 0.01)} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def front(points: dict[str, tuple[float, float, float]]) -> list[str]:
     """Returns the recipes that no other one beats in both cost and stolen WSR (soft and hard together)."""
     score = {name: (cost, soft + hard) for name, (cost, soft, hard) in points.items()}
@@ -155,28 +187,25 @@ def front(points: dict[str, tuple[float, float, float]]) -> list[str]:
 
 
 def draw(points: dict[str, tuple[float, float, float]], path: Path) -> None:
-    """Draws accuracy cost against what survives, soft and hard, with the recipes' names."""
+    """Draws accuracy cost against what survives soft and hard labels, with the front of each, and the recipes by number."""
     with house_style():
-        figure = new_figure(7.0, 4.2)
-        axes = figure.subplots()
-        for name, (cost, soft, hard) in points.items():
-            axes.plot([cost, cost], [100 * soft, 100 * hard], color="#CCCCCC", linewidth=1, zorder=1)
-            axes.annotate(name, (cost, 100 * soft), xytext=(3, 4), textcoords="offset points", fontsize=7)
-        for index, (label, colour, marker) in enumerate(
-            (("soft labels", BLUE, "o"), ("hard labels", VERMILION, "s")), 1
+        figure = new_figure(9.0, 1.5 + max(2.7, 0.17 * len(points)))
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        for index, (axes, kind, colour, marker) in enumerate(
+            zip(panels, ("soft labels", "hard labels"), (BLUE, VERMILION), "os", strict=True), 1
         ):
-            axes.scatter(
-                [point[0] for point in points.values()], [100 * point[index] for point in points.values()],
-                c=colour, marker=marker, label=label, zorder=2,
-            )  # fmt: skip
-        axes.axvline(1.0, color="#222222", linestyle=(0, (4, 3)), linewidth=1)
-        axes.set(
-            xlabel="accuracy cost (points)",
-            ylabel="stolen WSR (%)",
-            ylim=(0, 104),
-            title="What survives, and its price",
-        )
-        axes.legend(loc="lower right")
+            places = [(point[0], 100 * point[index]) for point in points.values()]
+            best = sorted(p for p in places if not any(c <= p[0] and k >= p[1] and (c, k) != p for c, k in places))
+            axes.step(*zip(*best, strict=True), where="post", color=colour, linewidth=1, alpha=0.5)
+            axes.scatter(*zip(*places, strict=True), c=colour, marker=marker, s=14)
+            for number, place in enumerate(places, 1):
+                axes.annotate(str(number), place, xytext=(3, 3), textcoords="offset points", fontsize=7)
+            axes.axvline(1.0, **DASHED)
+            axes.grid(visible=True)
+            axes.set(xlabel="accuracy cost (points)", ylim=(0, 104), title=f"Thefts by {kind}")
+        panels[0].set_ylabel("stolen WSR (%)")
+        names = "\n".join(f"{number:>2}  {name}" for number, name in enumerate(points, 1))
+        figure.legend([Line2D([], [], linestyle="none")], [names], loc="outside right upper", handlelength=0)
     save(figure, path)
 
 
@@ -197,6 +226,7 @@ def main() -> None:
         rows += cell(arguments, recipe, key, seed, arguments.output / "shared" / f"seed-{seed}" / "as-it-is")
         write_text_atomic(arguments.output / "pareto.csv", csv_text(COLUMNS, rows))
         table, points = summary(rows)
+        table = "\n".join(filter(None, (table, differences(rows))))
         write_text_atomic(arguments.output / "pareto.md", table)
     if points:
         draw(points, arguments.output / "pareto.png")

@@ -36,8 +36,12 @@ class Estimate:
         return cls(mean, float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n))
 
     def __str__(self) -> str:
+        return f"{self}"
+
+    def __format__(self, sign: str) -> str:
+        """In percent, as ``84.1±3.2``; ``+`` writes the sign of a difference."""
         spread = "" if self.half_width is None else f"±{100 * self.half_width:.1f}"
-        return f"{100 * self.mean:.1f}{spread}"
+        return f"{100 * self.mean:{sign}.1f}{spread}"
 
 
 @dataclass(frozen=True)

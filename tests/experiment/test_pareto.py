@@ -44,6 +44,24 @@ def test_summary_means_and_points():
     assert "independent" not in table
 
 
+def test_differences_leave_the_keys_out():
+    """Keys that differ by forty points, a recipe that takes ten in one and twelve in the other."""
+    rows = cells("base", 1.0, 0.9, 0.8) + cells("other", 1.5, 0.8, 0.8)
+    for row in rows:
+        if row["key"] == "b" and row["suspect"] == "soft":
+            row["wsr"] -= 0.4 + (0.02 if row["recipe"] == "other" else 0)
+    rows += cells("new", 1.0, 0.9, 0.9)[:4]  # so far with one key
+    first, other, new = (
+        line.split(" | ") for line in pareto.differences(rows).splitlines() if not line.startswith("|--")
+    )
+    assert first == ["| against base", "accuracy cost", "victim WSR / WFPR", "soft WSR / WFPR", "hard WSR / WFPR |"]
+    # 11 and t(.975, 1) · 1.41 / √2 = 12.7
+    assert other[:2] == ["| other", "+0.5±0.0"]
+    assert other[3:] == ["-11.0±12.7 / +0.0±0.0", "+0.0±0.0 / +0.0±0.0 |"]
+    assert new == ["| new", "+0.0", "+0.0 / +0.0", "+0.0 / +0.0", "+10.0 / +0.0 |"]
+    assert pareto.differences(rows[:8]) == ""
+
+
 def test_front_drops_what_is_beaten():
     _, points = pareto.summary(ROWS)
     assert pareto.front(points) == ["cheap", "dear"]
