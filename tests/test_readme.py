@@ -203,16 +203,25 @@ def test_commands_and_ci_agree():
     assert test in ci
 
 
+def anchors(page):
+    """What a page's headings can be linked by: lower case, hyphens for spaces, no other punctuation."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize(
     ("page", "link"),
     [
         (page.relative_to(ROOT).as_posix(), link)
         for page in PAGES
-        for link in sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", page.read_text())))
+        for link in sorted(set(re.findall(r"\]\(((?!http)[^)]+)", page.read_text())))
     ],
 )
 def test_links_lead_somewhere(page, link):
-    assert ((ROOT / page).parent / link).exists()
+    name, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / name if name else ROOT / page
+    assert target.exists()
+    assert not anchor or anchor in anchors(target)
 
 
 def test_experiments_named_in_yaml_comments_exist():

@@ -23,7 +23,7 @@ probabilities, two, and two that are MLPs    24       24                    22  
 ===========================================  =======  ====================  ===========  =====================  ============
 
 No clean or independent model reaches it. ("Labels" and "soft" at the head of a column are what the thief learnt from; what he answers the judge is probabilities in all
-of them.) The form of the statistic was sought on these very tables, so look at the fresh seeds in the project's README, too.
+of them.) The form of the statistic was sought on these very tables, so look at the fresh seeds in the project's results, too.
 
 **Validity.** No reference depends on which key was drawn, and neither does any function of them: the rank of the true key stays exact with any number.
 
