@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,7 +179,7 @@ class Plan:
             SIGTERMException: After SIGTERM, which the cell is told, too.
         """
         log = self.directory(cell) / LOG_FILE
-        with log.open("ab") as file, _sigterm_raises():
+        with log.open("ab") as file, _sigterm_raises() as begin_to_raise:
             begin = file.tell()
             # the interpreter that runs the grid, whatever `meadef` is on the PATH
             process = subprocess.Popen(  # noqa: S603
@@ -189,6 +189,7 @@ class Plan:
                 stderr=subprocess.STDOUT,
             )
             try:
+                begin_to_raise()
                 code = process.wait()
             except (KeyboardInterrupt, SIGTERMException) as stop:
                 # a terminal tells the cell of Ctrl-C itself; either way it needs a moment to mark its stage as interrupted
@@ -214,18 +215,31 @@ class Plan:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Within, SIGTERM is an exception, as Ctrl-C is: schedulers send it to the grid alone, and its cell would go on without it."""
+def _sigterm_raises() -> Iterator[Callable[[], None]]:
+    """Within, SIGTERM is an exception, as Ctrl-C is: schedulers send it to the grid alone, and its cell would go on without it.
+
+    Only from the call of what it gives: an exception while the cell is being started would leave it behind unknown.
+    """
+    came = armed = False
 
     def stop(number: int, frame: Any) -> None:
-        raise SIGTERMException
+        nonlocal came
+        came = True
+        if armed:
+            raise SIGTERMException
+
+    def arm() -> None:
+        nonlocal armed
+        armed = True
+        if came:
+            raise SIGTERMException
 
     if threading.current_thread() is not threading.main_thread():  # where Python lets no handler be set
-        yield
+        yield arm
         return
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield arm
     finally:
         signal.signal(signal.SIGTERM, before)
 

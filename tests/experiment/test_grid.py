@@ -4,6 +4,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from itertools import product
 
 import pytest
@@ -230,8 +231,16 @@ def test_failures_are_told_and_the_others_go_on(fake, capsys):
     assert len((fake / "calls").read_text().splitlines()) == 6
 
 
-def test_sigterm_ends_the_grid_and_its_cell(fake, capsys):
-    """The cell sends it to the grid, waits to be told itself, and says so."""
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_sigterm_ends_the_grid_and_its_cell(fake, capsys, monkeypatch, start):
+    """The cell sends it to the grid, also while it is still being started, waits to be told itself, and says so."""
+    begin = subprocess.Popen.__init__
+
+    def slow(*args, **kwargs):
+        begin(*args, **kwargs)
+        time.sleep(start)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", slow)
     (fake / "fake.sh").write_text(
         f"#!/bin/sh\ntrap 'echo told >> {fake}/calls; exit 143' TERM\nkill -TERM $PPID\nwhile :; do sleep 0.05; done\n"
     )
