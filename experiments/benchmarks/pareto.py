@@ -45,6 +45,8 @@ RECIPES: dict[str, list[str]] = {
     "tilt .9": [f"{_CALLBACK}.tilt", "0.9"],
     "tilt from .3": [f"{_CALLBACK}.tilt_from", "0.3"],
     "BatchNorm running": [f"{_CALLBACK}.batchnorm", "running"],
+    "start .3": [f"{_CALLBACK}.start", "0.3"],
+    "start .5": [f"{_CALLBACK}.start", "0.5"],
     "start .75": [f"{_CALLBACK}.start", "0.75"],
     "no smoothing": ["--victim.model.init_args.label_smoothing", "0.0"],
     "samples 16": [f"{_CALLBACK}.samples", "16"],
@@ -191,6 +193,8 @@ def draw(points: dict[str, tuple[float, float, float]], path: Path) -> None:
     with house_style():
         figure = new_figure(9.0, 1.5 + max(2.7, 0.17 * len(points)))
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        costs = [point[0] for point in points.values()]
+        width = max(costs) - min(costs)
         for index, (axes, kind, colour, marker) in enumerate(
             zip(panels, ("soft labels", "hard labels"), (BLUE, VERMILION), "os", strict=True), 1
         ):
@@ -198,13 +202,19 @@ def draw(points: dict[str, tuple[float, float, float]], path: Path) -> None:
             best = sorted(p for p in places if not any(c <= p[0] and k >= p[1] and (c, k) != p for c, k in places))
             axes.step(*zip(*best, strict=True), where="post", color=colour, linewidth=1, alpha=0.5)
             axes.scatter(*zip(*places, strict=True), c=colour, marker=marker, s=14)
-            for number, place in enumerate(places, 1):
-                axes.annotate(str(number), place, xytext=(3, 3), textcoords="offset points", fontsize=7)
+            for number, (x, y) in enumerate(places, 1):
+                # below its place where a smaller number's stands at the same
+                crowded = any(
+                    abs(x - other) < 0.02 * width and abs(y - kept) < 4 for other, kept in places[: number - 1]
+                )
+                axes.annotate(
+                    str(number), (x, y), xytext=(3, -9 if crowded else 3), textcoords="offset points", fontsize=7
+                )
             axes.axvline(1.0, **DASHED)
             axes.grid(visible=True)
             axes.set(xlabel="accuracy cost (points)", ylim=(0, 104), title=f"Thefts by {kind}")
         panels[0].set_ylabel("stolen WSR (%)")
-        names = "\n".join(f"{number:>2}  {name}" for number, name in enumerate(points, 1))
+        names = "\n".join(f"{number:\u2007>2}  {name}" for number, name in enumerate(points, 1))
         figure.legend([Line2D([], [], linestyle="none")], [names], loc="outside right upper", handlelength=0)
     save(figure, path)
 

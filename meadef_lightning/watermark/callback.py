@@ -55,7 +55,7 @@ class WatermarkCallback(Measuring):
         tilt: Most probability that natural samples of the source classes give to the target, in ``[0, 1)``: those most that teach
             a thief's network about the watermark (:mod:`meadef_lightning.watermark.tilt`). This is what survives a theft, and
             what costs accuracy; 0 leaves natural answers as they are. The default is meant for a task trained with label
-            smoothing (0.1 measured), which makes it several times cheaper; without smoothing take 0.25.
+            smoothing (0.1 measured; without it Fashion-MNIST pays 1.6 points instead of 1.1); without smoothing take 0.25.
         tilt_from: Share of each source class's samples, those of least influence, that are left as they are, in ``[0, 0.99)``. Less
             than the default helps where a thief has few images: on digits 0.3 carries hard labels.
         buffer_size: Source samples kept per class (they go into full checkpoints, so that a run resumes bit for bit;
