@@ -39,7 +39,8 @@ class WatermarkCallback(Measuring):
     Args:
         key: The key, or the path of its file.
         start: Share of the training (in ``[0, 1)``) after which embedding starts. Clean training first and a short phase with
-            the watermark last costs the task least; 0 suits the fine-tuning of a model that is already trained.
+            the watermark last costs the task least; earlier than the default, there are fewer false positives and class labels carry
+            less; 0 suits the fine-tuning of a model that is already trained.
         stop: Share of the training (in ``(start, 1]``) at which embedding stops.
         every_n_steps: Embed on every n-th batch only, counted over the whole training.
         samples: Watermark samples per step; see :class:`~meadef_lightning.watermark.objective.WatermarkObjective`, also for
